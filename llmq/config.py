@@ -1,0 +1,132 @@
+"""Options of llmq: frozen dataclasses, each option once.
+
+The command line is built from these fields (their ``help`` metadata is the help text), so an option's name, default, rule
+and description live here and nowhere else. Rules are checked in ``__post_init__`` and name both the value and the way out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (-1, 32, 64, 128, 256)
+HEAD_BITS = (16, 8, 4)
+
+
+def option(default: Any, help_text: str, **metadata: Any) -> Any:
+    """A dataclass field with its help text (and, where useful, ``choices``) for the command line."""
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+def one_of(name: str, value: object, known: object) -> None:
+    """Raise ``ValueError`` listing what is known when ``value`` is not in ``known`` (any iterable of names)."""
+    names = list(known)  # type: ignore[call-overload]
+    if value not in names:
+        raise ValueError(f"{name} is {value!r}; known: {', '.join(map(str, names))}")
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """Uniform per-group grid of one weight matrix W [out_features, in_features].
+
+    ``w = scale * (code - zero)`` with ``code`` in ``0 .. 2**bits - 1``; ``zero`` is ``2**(bits-1)`` when ``sym``.
+    Groups run along in_features. A group size that does not divide in_features leaves a shorter last group.
+    """
+
+    bits: int = option(4, "bits of a weight", choices=BITS)
+    group_size: int = option(128, "input columns that share a scale; -1: the whole row", choices=GROUP_SIZES)
+    sym: bool = option(False, "symmetric grid (full range, no zero point); otherwise asymmetric")
+
+    def __post_init__(self) -> None:
+        one_of("bits", self.bits, BITS)
+        one_of("group_size", self.group_size, GROUP_SIZES)
+
+    @property
+    def levels(self) -> int:
+        """Number of codes, 2**bits."""
+        return 1 << self.bits
+
+    @property
+    def mid(self) -> int:
+        """The zero point of a symmetric grid."""
+        return 1 << (self.bits - 1)
+
+    def group_width(self, in_features: int) -> int:
+        """Columns of a full group in a matrix of ``in_features`` columns."""
+        return in_features if self.group_size == -1 else min(self.group_size, in_features)
+
+    def n_groups(self, in_features: int) -> int:
+        """Number of groups a row of ``in_features`` columns is cut into, ``ceil(in_features / group_size)``."""
+        return -(-in_features // self.group_width(in_features))
+
+    def slices(self, in_features: int) -> list[slice]:
+        """Column range of every group; the last one may be shorter."""
+        g = self.group_width(in_features)
+        return [slice(a, min(a + g, in_features)) for a in range(0, in_features, g)]
+
+    def __str__(self) -> str:
+        """``w4g128`` (asymmetric) or ``w4g128sym``; ``g-1`` is written ``grow``."""
+        width = "row" if self.group_size == -1 else str(self.group_size)
+        return f"w{self.bits}g{width}{'sym' if self.sym else ''}"
+
+    @classmethod
+    def parse(cls, text: str) -> QuantScheme:
+        """The scheme that prints as ``text``. Raises ValueError naming the text and the form expected."""
+        m = re.fullmatch(r"w(\d+)g(\d+|row)(sym)?", text)
+        if not m:
+            raise ValueError(f"scheme {text!r} is not of the form w<bits>g<group size|row>[sym], as in w4g128sym")
+        return cls(int(m[1]), -1 if m[2] == "row" else int(m[2]), m[3] is not None)
+
+
+@dataclass(frozen=True)
+class GPTQConfig:
+    """GPTQ (Frantar et al. 2022, arXiv 2210.17323) with static groups."""
+
+    percdamp: float = option(0.01, "damping of the Hessian's diagonal, as a share of its mean (first try; escalated x10)")
+    act_order: bool = option(True, "columns in the order of decreasing diag(H); groups stay where they are (static groups)")
+    true_sequential: bool = option(True, "solve q/k/v, o, gate/up, down in turn, each on the inputs the former leave")
+    grid_steps: int = option(40, "shrink factors tried in the Hessian-weighted scale search; 0: plain min-max")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.percdamp < 1:
+            raise ValueError(f"percdamp is {self.percdamp}; it is a share of the mean diagonal: 0 < percdamp < 1 (usual: 0.01)")
+        if not 0 <= self.grid_steps <= 1000:
+            raise ValueError(f"grid_steps is {self.grid_steps}; use 0 (min-max) to 1000 (usual: 40)")
+
+
+@dataclass(frozen=True)
+class AWQConfig:
+    """AWQ (Lin et al. 2023, arXiv 2306.00978): activation-aware scaling, then clipping."""
+
+    n_grid: int = option(20, "exponents tried between 0 (no scaling) and 1 in the scale search")
+    clip: bool = option(True, "search the clipping range of each group against the Hessian")
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.n_grid <= 100:
+            raise ValueError(f"n_grid is {self.n_grid}; use 2 to 100 (usual: 20)")
+
+
+@dataclass(frozen=True)
+class CalibConfig:
+    """Calibration text: ``n_samples`` windows of ``seqlen`` tokens, BOS first where the tokenizer has one."""
+
+    calib: str = option("auto", "data set, file, folder, glob, 'self', 'stdlib' or 'auto'")
+    nsamples: int = option(128, "windows of calibration text")
+    seqlen: int = option(2048, "tokens a window")
+    seed: int = option(0, "seed of everything that is drawn")
+
+    def __post_init__(self) -> None:
+        for name in ("nsamples", "seqlen"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.seqlen < 8:
+            raise ValueError(f"seqlen is {self.seqlen}; a window needs at least 8 tokens to hold any context")
+
+
+def replace(options: Any, **changes: Any) -> Any:
+    """``dataclasses.replace``, so that callers need only this module."""
+    return dataclasses.replace(options, **changes)

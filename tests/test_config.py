@@ -1,0 +1,42 @@
+import pytest
+
+from llmq.config import BITS, GROUP_SIZES, AWQConfig, CalibConfig, GPTQConfig, QuantScheme, one_of
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("sym", [True, False])
+def test_scheme_prints_and_parses_back(bits, group_size, sym):
+    scheme = QuantScheme(bits, group_size, sym)
+    assert QuantScheme.parse(str(scheme)) == scheme
+
+
+@pytest.mark.parametrize(
+    ("group_size", "in_features", "widths"),
+    [(128, 256, [128, 128]), (128, 300, [128, 128, 44]), (-1, 300, [300]), (64, 48, [48]), (32, 1, [1])],
+)
+def test_groups_cover_every_column_once(group_size, in_features, widths):
+    scheme = QuantScheme(4, group_size)
+    slices = scheme.slices(in_features)
+    assert [s.stop - s.start for s in slices] == widths
+    assert scheme.n_groups(in_features) == len(widths)
+    assert slices[-1].stop == in_features
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: QuantScheme(bits=5), r"bits is 5; known: 2, 3, 4, 8"),
+        (lambda: QuantScheme(group_size=0), r"group_size is 0; known: -1, 32, 64, 128, 256"),
+        (lambda: QuantScheme.parse("int4"), r"'int4' is not of the form w<bits>g<group size\|row>"),
+        (lambda: GPTQConfig(percdamp=0), r"percdamp is 0; .* 0 < percdamp < 1"),
+        (lambda: GPTQConfig(grid_steps=-1), r"grid_steps is -1"),
+        (lambda: AWQConfig(n_grid=1), r"n_grid is 1; use 2 to 100"),
+        (lambda: CalibConfig(nsamples=0), r"nsamples is 0; it must be at least 1"),
+        (lambda: CalibConfig(seqlen=4), r"seqlen is 4; a window needs at least 8"),
+        (lambda: one_of("method", "gtpq", {"gptq": 1, "rtn": 2}), r"method is 'gtpq'; known: gptq, rtn"),
+    ],
+)
+def test_errors_name_value_and_way_out(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
