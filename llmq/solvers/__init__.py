@@ -1,0 +1,87 @@
+"""SOLVERS: one row a way to make the integers of a linear; METHODS: what the user names, a transform and a solver.
+
+A solver is ``solve(name, W, stats, scheme, options) -> Solved``. A new one is a file and a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from llmq.config import AWQConfig, GPTQConfig, QuantScheme, one_of
+from llmq.qtensor import QTensor
+from llmq.solvers import gptq, rtn
+from llmq.solvers.hessian import InputStats
+
+# Clipping ranges that AWQ's rounding tries: 20 steps down from the full range, as in its code.
+AWQ_CLIP_STEPS = 20
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """Options of every solver; each reads its own."""
+
+    gptq: GPTQConfig = field(default_factory=GPTQConfig)
+    awq: AWQConfig = field(default_factory=AWQConfig)
+
+
+@dataclass
+class Solved:
+    """A solved linear: its integers and the solver's own lines for the report."""
+
+    qtensor: QTensor
+    notes: dict[str, Any]
+
+
+Solver = Callable[[str, Tensor, InputStats | None, QuantScheme, SolverOptions, bool], Solved]
+
+
+def _rtn(
+    name: str, W: Tensor, stats: InputStats | None, scheme: QuantScheme, options: SolverOptions, may_clip: bool
+) -> Solved:
+    return Solved(rtn.solve(W, scheme), {})
+
+
+def _clipped_rtn(
+    name: str, W: Tensor, stats: InputStats | None, scheme: QuantScheme, options: SolverOptions, may_clip: bool
+) -> Solved:
+    steps = AWQ_CLIP_STEPS if options.awq.clip and may_clip else 0
+    H = stats.hessian(name) if stats is not None else None
+    return Solved(rtn.solve(W, scheme, H, grid_steps=steps), {"clip_steps": steps})
+
+
+def _gptq(
+    name: str, W: Tensor, stats: InputStats | None, scheme: QuantScheme, options: SolverOptions, may_clip: bool
+) -> Solved:
+    assert stats is not None, "the pipeline gathers statistics for every method that needs them"
+    qtensor, report = gptq.solve(W, stats.hessian(name), stats.n_tokens, scheme, options.gptq)
+    return Solved(qtensor, asdict(report))
+
+
+SOLVERS: dict[str, Solver] = {"rtn": _rtn, "clipped-rtn": _clipped_rtn, "gptq": _gptq}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What ``--method`` names: which solver rounds, whether AWQ's transform goes before it, whether text is needed."""
+
+    solver: str
+    awq: bool = False
+    needs_text: bool = True
+
+
+METHODS: dict[str, Method] = {
+    "gptq": Method("gptq"),
+    "awq": Method("clipped-rtn", awq=True),
+    "awq+gptq": Method("gptq", awq=True),
+    "rtn": Method("rtn", needs_text=False),
+}
+
+
+def method(name: str) -> Method:
+    """The row of METHODS called ``name``; ValueError lists the known ones."""
+    one_of("method", name, METHODS)
+    return METHODS[name]

@@ -1,0 +1,93 @@
+"""GPTQ: rounding with error feedback (Frantar et al. 2022, arXiv 2210.17323, Algorithm 1).
+
+Columns are rounded one after the other; the error of each is spread over the columns that are still free so that the
+layer's output moves least. With act-order the columns that matter most come first; the groups' grids are fixed before
+the loop from the original columns ("static groups"), so the order leaves no trace in the checkpoint.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmq.config import GPTQConfig, QuantScheme
+from llmq.qtensor import QTensor, expand_groups, from_codes, round_to_grid
+from llmq.solvers.grid import search_grid
+from llmq.solvers.hessian import Factor, dead_columns, inverse_factor, shrink_to_diagonal
+
+# Columns whose updates are kept inside a small panel before the rest of W sees them (section 3.3, step 2).
+BLOCK = 128
+
+
+@dataclass
+class GPTQReport:
+    """What the solver had to do: damping used, tries, eigenvalues clipped, dead columns, shrinkage of H."""
+
+    percdamp: float
+    damp_tries: int
+    eigenvalues_clipped: bool
+    dead_columns: int
+    dead_zeroed: bool
+    shrinkage: float
+
+
+def solve(W: Tensor, H: Tensor, n_tokens: int, scheme: QuantScheme, cfg: GPTQConfig) -> tuple[QTensor, GPTQReport]:
+    """Quantize W so that ``tr((W_hat - W) H (W_hat - W)^T)`` is small.
+
+    Args:
+        W: f32[N, K], unchanged.
+        H: f64[K, K], mean of x x^T; unchanged.
+        n_tokens: tokens behind H. With fewer than K, H is shrunk towards its diagonal.
+        scheme: the grid.
+        cfg: damping, order, grid search.
+
+    Returns:
+        The quantized matrix, and what had to be done to get it.
+    """
+    W = W.float().clone()
+    H = H.clone()
+    dead = dead_columns(H)
+    # A channel that ample text never drove is dead for good; after little text it may just be rare: keep its weights.
+    zeroed = bool(dead.any()) and n_tokens >= 4 * H.shape[0]
+    if zeroed:
+        W[:, dead] = 0
+    H.diagonal()[dead] = H.diagonal().mean().clamp(min=1e-30)
+    H, rho = shrink_to_diagonal(H, n_tokens)
+    importance = H.clone()
+    importance.diagonal()[dead] = 0
+
+    scale, zero = search_grid(W, importance, scheme, cfg.grid_steps)
+    order = torch.argsort(H.diagonal(), descending=True) if cfg.act_order else torch.arange(H.shape[0])
+    factor = inverse_factor(H[order][:, order], cfg.percdamp)
+    codes = _round_with_feedback(W, factor, order, scale, zero, scheme)
+    report = GPTQReport(factor.percdamp, factor.tries, factor.clipped, int(dead.sum()), zeroed, rho)
+    return from_codes(codes, scale, zero, scheme), report
+
+
+def _round_with_feedback(
+    W: Tensor, factor: Factor, order: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme
+) -> Tensor:
+    """Codes f32[N, K] in the original column order. W f32[N, K]; scale, zero f32[N, G]."""
+    K = W.shape[1]
+    U = factor.U
+    # Column-major working copies: the loop reads and writes whole columns.
+    Wt = W.T[order].contiguous()  # [K, N], in solving order
+    St = expand_groups(scale, K, scheme).T[order].contiguous()
+    Zt = expand_groups(zero, K, scheme).T[order].contiguous()
+    Q = torch.empty_like(Wt)
+    for i1 in range(0, K, BLOCK):
+        i2 = min(i1 + BLOCK, K)
+        Err = torch.empty(i2 - i1, Wt.shape[1])  # [block, N], errors over their diagonal
+        for i in range(i1, i2):
+            w, s, z = Wt[i], St[i], Zt[i]
+            q = round_to_grid(w, s, z, scheme.levels)
+            Q[i] = q
+            e = (w - (q - z) * s) / U[i, i]
+            Wt[i + 1 : i2].addr_(U[i, i + 1 : i2], e, alpha=-1)
+            Err[i - i1] = e
+        Wt[i2:].addmm_(U[i1:i2, i2:].T, Err, alpha=-1)
+    codes = torch.empty_like(Q)
+    codes[order] = Q
+    return codes.T.contiguous()

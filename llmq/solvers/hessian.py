@@ -1,0 +1,161 @@
+"""Statistics of a linear's inputs, and the Hessian of its squared output error, made fit to factor.
+
+For a linear with weights W [N, K] and inputs X [T, K] (one token a row) the squared output error of a change D of the
+weights is ``tr(D H D^T)`` with ``H = X^T X / T`` [K, K]. Normalising by tokens makes layers and runs comparable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A channel whose mean square is below this share of the average one has not been seen by the calibration text.
+DEAD_SHARE = 1e-10
+# Damping tries: percdamp, then ten times more, up to this share of the mean diagonal; then eigenvalues are clipped.
+MAX_DAMP = 10.0
+
+
+class InputStats:
+    """Accumulates H and mean |x| of the inputs of one linear (or of several that share their input).
+
+    Tokens are summed in fp32 blocks which are folded into fp64. Rows with a NaN or an infinity are left out and counted.
+
+    Attributes:
+        H: f64[K, K], the sum of x x^T (see :meth:`hessian` for the mean).
+        abs_sum: f64[K], the sum of |x|.
+        n_tokens: tokens taken.
+        n_dropped: tokens left out because they were not finite.
+    """
+
+    def __init__(self, in_features: int) -> None:
+        self.H = torch.zeros(in_features, in_features, dtype=torch.float64)
+        self.abs_sum = torch.zeros(in_features, dtype=torch.float64)
+        self.n_tokens = 0
+        self.n_dropped = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take inputs x f32[..., K]; every leading dimension counts tokens."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        # One pass over the sums finds a bad block; the per-row search runs only then.
+        if not torch.isfinite(x.sum()):
+            good = torch.isfinite(x).all(dim=1)
+            self.n_dropped += int((~good).sum())
+            x = x[good]
+        for block in x.split(4096):
+            self.H += (block.T @ block).double()
+        self.abs_sum += x.abs().sum(0).double()
+        self.n_tokens += x.shape[0]
+
+    def hessian(self, name: str) -> Tensor:
+        """Mean of x x^T, f64[K, K].
+
+        Raises:
+            ValueError: no finite token has been seen, or H overflowed; names the module.
+        """
+        if self.n_tokens == 0:
+            raise ValueError(
+                f"{name}: none of its {self.n_dropped} calibration tokens is finite; "
+                "the model overflows on this text: check the weights or calibrate in another dtype"
+            )
+        H = self.H / self.n_tokens
+        if not torch.isfinite(H).all():
+            raise ValueError(f"{name}: the Hessian of its inputs is not finite over {self.n_tokens} tokens")
+        return H
+
+    def mean_abs(self) -> Tensor:
+        """Mean |x| a channel, f32[K]."""
+        return (self.abs_sum / max(1, self.n_tokens)).float()
+
+
+@dataclass
+class Factor:
+    """Upper Cholesky factor of the inverse Hessian, and what had to be done to get it.
+
+    Attributes:
+        U: f32[K, K], ``H^-1 = U^T U`` for the damped H.
+        percdamp: damping used, as a share of the mean diagonal (0 when eigenvalues were clipped instead).
+        tries: damping values tried.
+        clipped: True when every damping failed and negative eigenvalues were raised.
+    """
+
+    U: Tensor
+    percdamp: float
+    tries: int
+    clipped: bool
+
+
+def shrink_to_diagonal(H: Tensor, n_tokens: int) -> tuple[Tensor, float]:
+    """Pull H towards its diagonal when it was estimated from fewer tokens than it has rows.
+
+    In the spirit of Ledoit and Wolf (2004): correlations estimated from few samples are mostly noise. Returns the new H
+    and the share ``K / (K + T)`` that its off-diagonal part lost (0.0 when T >= K).
+    """
+    k = H.shape[0]
+    if n_tokens >= k:
+        return H, 0.0
+    rho = k / (k + n_tokens)
+    return H * (1 - rho) + torch.diag(H.diagonal() * rho), rho
+
+
+def dead_columns(H: Tensor) -> Tensor:
+    """bool[K]: channels that the calibration text never drove."""
+    d = H.diagonal()
+    return d <= DEAD_SHARE * d.mean()
+
+
+def inverse_factor(H: Tensor, percdamp: float) -> Factor:
+    """Factor H^-1 = U^T U in fp64, raising the damping until H is positive definite.
+
+    H is scaled to unit diagonal before it is factored (the factor is scaled back), which is what keeps layers with
+    outlier channels factorable. Damping is ``percdamp * mean(diag H)``, tried with ten times more up to ``MAX_DAMP``.
+    When all fail (H is not even nearly positive semi-definite) its eigenvalues are clipped from below.
+
+    Args:
+        H: f64[K, K], symmetric, positive diagonal.
+        percdamp: first damping tried.
+    """
+    mean = H.diagonal().mean()
+    tries, damp = 0, percdamp
+    while damp <= MAX_DAMP:
+        tries += 1
+        U = _factor(H, float(damp * mean))
+        if U is not None:
+            return Factor(U, damp, tries, clipped=False)
+        damp *= 10
+    values, vectors = torch.linalg.eigh(H)
+    values = values.clamp(min=float(percdamp * values.abs().max()))
+    U = _factor((vectors * values) @ vectors.T, 0.0)
+    assert U is not None, "a matrix with clipped eigenvalues is positive definite"
+    return Factor(U, 0.0, tries, clipped=True)
+
+
+def _factor(H: Tensor, damp: float) -> Tensor | None:
+    """f32 upper factor of (H + damp I)^-1, or None when that is not positive definite in fp64."""
+    A = H.clone()
+    A.diagonal().add_(damp)
+    d = A.diagonal().rsqrt()
+    A *= d[:, None] * d[None, :]
+    L, info = torch.linalg.cholesky_ex(A)
+    if int(info) != 0 or not torch.isfinite(L).all():
+        return None
+    inverse = torch.cholesky_inverse(L)
+    U, info = torch.linalg.cholesky_ex(inverse, upper=True)
+    if int(info) != 0:
+        return None
+    U = (U * d[None, :]).float()  # (D A D)^-1 = D^-1 A^-1 D^-1, so the factor of A^-1 is U D
+    return U if torch.isfinite(U).all() else None
+
+
+def relative_error(W: Tensor, W_hat: Tensor, H: Tensor) -> float:
+    """tr(D H D^T) / tr(W H W^T) with D = W_hat - W: the share of the output's energy that is lost.
+
+    Args:
+        W, W_hat: f32[N, K].
+        H: f64 or f32 [K, K].
+    """
+    H = H.float()
+    D = W_hat - W
+    power = torch.sum((W @ H) * W, dtype=torch.float64)
+    return float(torch.sum((D @ H) * D, dtype=torch.float64) / power) if power > 0 else 0.0
