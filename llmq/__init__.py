@@ -1,0 +1,32 @@
+"""llmq: quantize a Hugging Face language model and run it fast on an ordinary CPU.
+
+Importing this package registers its format with transformers, so that ``AutoModelForCausalLM.from_pretrained`` opens
+llmq folders.
+"""
+
+from transformers import AutoModelForCausalLM
+
+from llmq.config import AWQConfig, CalibConfig, GPTQConfig, QuantScheme
+from llmq.pipeline import QuantizationResult, quantize_model
+from llmq.qtensor import QTensor
+from llmq.runtime.hf import register as _register
+from llmq.runtime.qlinear import QEmbedding, QLinear
+from llmq.verify import set_activation_bits
+
+_register()
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AWQConfig",
+    "AutoModelForCausalLM",
+    "CalibConfig",
+    "GPTQConfig",
+    "QEmbedding",
+    "QLinear",
+    "QTensor",
+    "QuantScheme",
+    "QuantizationResult",
+    "quantize_model",
+    "set_activation_bits",
+]

@@ -1,0 +1,248 @@
+"""Running a decoder one block at a time, and listening to the inputs of its linears.
+
+No layer is replaced: forward pre-hooks listen, a private exception ends a forward pass early, and a submodule whose
+linears are all solved answers from memory instead of computing the same output again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq.models.families import ModelFamily
+from llmq.models.load import SourceModel
+from llmq.solvers.hessian import InputStats
+
+# Inputs of a tail linear are kept for all windows only while they fit in this many bytes; else they are computed again.
+MEMO_BYTES = 1 << 30
+
+
+class _StopForwardError(Exception):
+    """Ends a forward pass once the hook that raised it has what it came for."""
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What the decoder passes to one block besides the hidden states: masks, rotary tables, positions."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """A submodule whose output is that of its last linear; ``extras`` values (None) follow the output in its tuple."""
+
+    submodule: str
+    extras: int | None
+
+    def answer(self, output: Tensor) -> Any:
+        """What the submodule returns when its last linear returns ``output``."""
+        return output if self.extras is None else (output, *(None,) * self.extras)
+
+
+@contextmanager
+def listening(module: nn.Module, hear: Callable[[Tensor], None]) -> Iterator[None]:
+    """Within the context, ``hear`` gets the first argument of every call of ``module``."""
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hear(args[0] if args else next(iter(kwargs.values())))
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def answering(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within the context, ``module`` answers with ``forward`` instead of its own computation."""
+    module.__dict__["forward"] = forward  # shadows the class's method
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+
+
+@contextmanager
+def compact_embedding(source: SourceModel, tokens: Tensor) -> Iterator[Tensor]:
+    """Load only the embedding rows that ``tokens`` use; yields the tokens renumbered to those rows.
+
+    A vocabulary of 262144 rows is most of a small model; a calibration text touches a tenth of it.
+    """
+    embed = source.model.get_submodule(source.embed_name)
+    assert isinstance(embed, nn.Embedding)
+    ids, renumbered = torch.unique(tokens, return_inverse=True)
+    old_weight, old_padding = embed.weight, embed.padding_idx
+    embed.weight = nn.Parameter(source.reader.rows_at(f"{source.embed_name}.weight", ids).float(), requires_grad=False)
+    embed.padding_idx = None
+    try:
+        yield renumbered
+    finally:
+        embed.weight, embed.padding_idx = old_weight, old_padding
+
+
+@torch.no_grad()
+def block_inputs(source: SourceModel, tokens: Tensor) -> tuple[list[Tensor], list[BlockCall]]:
+    """Hidden states entering the first block, and how the decoder calls each block.
+
+    All windows have one length and no padding, so the calls are the same for every window and are recorded once.
+
+    Args:
+        source: the opened model.
+        tokens: i64[n, seqlen].
+
+    Returns:
+        n tensors f32[1, seqlen, hidden], and one BlockCall a block.
+    """
+    decoder = source.model.get_submodule(source.family.decoder)
+    blocks = [source.model.get_submodule(name) for name in source.block_names]
+    calls: list[BlockCall] = []
+
+    def recorder(last: bool) -> Callable[..., Tensor]:
+        def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            calls.append(BlockCall(args, kwargs))
+            if last:
+                raise _StopForwardError
+            return hidden
+
+        return forward
+
+    hidden: list[Tensor] = []
+
+    def hear(x: Tensor) -> None:
+        hidden.append(x.detach().clone())
+        raise _StopForwardError
+
+    with compact_embedding(source, tokens) as ids:
+        with ExitStack() as stack:
+            for i, block in enumerate(blocks):
+                stack.enter_context(answering(block, recorder(i == len(blocks) - 1)))
+            _run_to_stop(decoder, ids[:1])
+        with listening(blocks[0], hear):
+            for window in ids:
+                _run_to_stop(decoder, window[None])
+    assert len(calls) == len(blocks), "the decoder must run its blocks in order, each once"
+    return hidden, calls
+
+
+def _run_to_stop(decoder: nn.Module, ids: Tensor) -> None:
+    try:
+        decoder(input_ids=ids, use_cache=False)
+    except _StopForwardError:
+        return
+    raise AssertionError("the decoder returned without running its blocks")
+
+
+class BlockRunner:
+    """Runs one block over all calibration windows.
+
+    Args:
+        block: the block, weights in memory.
+        call: what the decoder passes to it.
+        hidden: f32[1, seqlen, hidden] a window; :meth:`advance` replaces them by the block's outputs.
+        tails: linear -> Tail, those of the family that :func:`verified_tails` has confirmed.
+    """
+
+    def __init__(self, block: nn.Module, call: BlockCall, hidden: list[Tensor], tails: dict[str, Tail]) -> None:
+        self.block, self.call, self.hidden, self.tails = block, call, hidden, tails
+        self._kept: list[Tensor] = []
+        self._settled: list[tuple[Tail, list[Tensor]]] = []
+
+    def run(self, i: int) -> Tensor:
+        """The block's output for window i, f32[1, seqlen, hidden]."""
+        with ExitStack() as stack:
+            for tail, outputs in self._settled:
+                answer = tail.answer(outputs[i])
+                submodule = self.block.get_submodule(tail.submodule)
+                stack.enter_context(answering(submodule, lambda *_args, answer=answer, **_kwargs: answer))
+            output = self.block(self.hidden[i], *self.call.args, **self.call.kwargs)
+        result = output[0] if isinstance(output, tuple) else output
+        assert isinstance(result, Tensor)
+        return result
+
+    @torch.no_grad()
+    def observe(self, group: Sequence[str]) -> InputStats:
+        """Input statistics of a group of linears that share their input, up to which the block is run."""
+        linear = self.block.get_submodule(group[0])
+        assert isinstance(linear, nn.Linear)
+        stats = InputStats(linear.in_features)
+        tokens = sum(h.shape[1] for h in self.hidden)
+        keep = len(group) == 1 and group[0] in self.tails and tokens * linear.in_features * 4 <= MEMO_BYTES
+        self._kept = []
+
+        def hear(x: Tensor) -> None:
+            stats.add(x)
+            if keep:
+                self._kept.append(x.detach())
+            raise _StopForwardError
+
+        with listening(linear, hear):
+            for i in range(len(self.hidden)):
+                try:
+                    self.run(i)
+                except _StopForwardError:
+                    continue
+                raise AssertionError(f"{group[0]} was not called")
+        return stats
+
+    @torch.no_grad()
+    def observe_all(self, groups: Sequence[Sequence[str]]) -> dict[str, InputStats]:
+        """Input statistics of every group in one full pass, by the name of each of its linears."""
+        by_group = []
+        with ExitStack() as stack:
+            for group in groups:
+                linear = self.block.get_submodule(group[0])
+                assert isinstance(linear, nn.Linear)
+                by_group.append(InputStats(linear.in_features))
+                stack.enter_context(listening(linear, by_group[-1].add))
+            for i in range(len(self.hidden)):
+                self.run(i)
+        return {name: stats for group, stats in zip(groups, by_group, strict=True) for name in group}
+
+    @torch.no_grad()
+    def settle(self, group: Sequence[str]) -> None:
+        """Call after the group's weights are final: if it ends a submodule, that submodule's outputs are remembered."""
+        if not self._kept:
+            return
+        linear = self.block.get_submodule(group[0])
+        outputs = []
+        while self._kept:
+            outputs.append(linear(self._kept.pop(0)))
+        self._settled.append((self.tails[group[0]], outputs))
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Replace the hidden states by the block's outputs: the next block's inputs."""
+        for i in range(len(self.hidden)):
+            self.hidden[i] = self.run(i)
+            for _, outputs in self._settled:
+                outputs[i] = torch.empty(0)
+        self._settled = []
+
+
+@torch.no_grad()
+def verified_tails(runner: BlockRunner, family: ModelFamily) -> dict[str, Tail]:
+    """The family's tails for which "the submodule's output is this linear's output" holds on the first window."""
+    seen: dict[str, Any] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _module, _args, output: seen.update({name: output})
+
+    with ExitStack() as stack:
+        for name in {*family.tails, *family.tails.values()}:
+            stack.callback(runner.block.get_submodule(name).register_forward_hook(keep(name)).remove)
+        runner.run(0)
+    tails = {}
+    for linear, submodule in family.tails.items():
+        output = seen[submodule]
+        first, *rest = output if isinstance(output, tuple) else (output,)
+        if all(r is None for r in rest) and torch.equal(first, seen[linear]):
+            tails[linear] = Tail(submodule, len(rest) if isinstance(output, tuple) else None)
+    return tails

@@ -1,0 +1,276 @@
+"""A checkpoint folder: written shard by shard under a temporary name, renamed when it is whole; read with distrust.
+
+A folder holds ``config.json`` (with ``quantization_config``), ``model-XXXXX-of-YYYYY.safetensors`` with an index,
+``llmq_report.json``, a model card, and every file of the source folder that is not weights, byte for byte.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmq.config import QuantScheme
+from llmq.formats import native
+from llmq.qtensor import QTensor
+
+QUANT_METHOD = "llmq"
+FORMAT_VERSION = 1
+REPORT_NAME = "llmq_report.json"
+CARD_NAME = "README.md"
+# Files that hold weights (or point at them), in any format a source folder may carry.
+WEIGHT_SUFFIXES = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".pkl"),
+    *(".safetensors.index.json", ".bin.index.json", ".onnx_data"),
+)
+DTYPES = {"U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def quantization_config(
+    schemes: dict[str, QuantScheme], default: QuantScheme, tied: dict[str, str], producer: str
+) -> dict[str, Any]:
+    """The ``quantization_config`` block of config.json.
+
+    Args:
+        schemes: scheme of every quantized module, by its full name.
+        default: the scheme that was asked for (the ``bits``/``group_size``/``sym`` that other tools show).
+        tied: module -> module whose matrix it shares (``lm_head`` -> ``model.embed_tokens``).
+        producer: name and version of the writer.
+    """
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "bits": default.bits,
+        "group_size": default.group_size,
+        "sym": default.sym,
+        "modules": {name: str(scheme) for name, scheme in schemes.items()},
+        "tied": tied,
+        "producer": producer,
+    }
+
+
+def parse_quantization_config(block: dict[str, Any], where: str) -> tuple[dict[str, QuantScheme], dict[str, str]]:
+    """(schemes by module, tied modules) of a ``quantization_config``; ValueError says what is wrong and ``where``."""
+    if block.get("quant_method") != QUANT_METHOD:
+        raise ValueError(f"{where}: quant_method is {block.get('quant_method')!r}, expected {QUANT_METHOD!r}")
+    version = block.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{where}: format_version is {version!r}, this llmq reads {FORMAT_VERSION}; update llmq")
+    modules, tied = block.get("modules"), block.get("tied", {})
+    if not isinstance(modules, dict) or not modules or not isinstance(tied, dict):
+        raise ValueError(f"{where}: 'modules' must name the scheme of each quantized module; the file is damaged")
+    schemes = {name: QuantScheme.parse(str(text)) for name, text in modules.items()}
+    for name, source in tied.items():
+        if source not in schemes:
+            raise ValueError(f"{where}: {name} is tied to {source}, which is not among the quantized modules")
+    return schemes, dict(tied)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a full disk into an error that names the folder and the way out."""
+    try:
+        yield
+    except (OSError, SafetensorError) as e:
+        full = getattr(e, "errno", None) == errno.ENOSPC or "No space left" in str(e)
+        if not full:
+            raise
+        free = shutil.disk_usage(folder).free
+        raise OSError(
+            errno.ENOSPC, f"the disk of {folder} is full ({free / 2**20:.0f} MiB free); nothing was kept: free space or "
+            "choose another --output"
+        ) from e
+
+
+class CheckpointWriter:
+    """Writes a folder under a temporary name beside ``folder`` and renames it in :meth:`finish`.
+
+    Use as a context manager: leaving it without ``finish`` (an error, Ctrl-C) removes what was written. A killed process
+    leaves only a folder whose name begins with a dot and that has no config.json.
+    """
+
+    def __init__(self, folder: Path, n_shards: int, *, overwrite: bool, expected_bytes: int = 0) -> None:
+        self.folder = folder.absolute()
+        self.overwrite = overwrite
+        self.n_shards = n_shards
+        self.weight_map: dict[str, str] = {}
+        self.total_bytes = 0
+        self._written = 0
+        check_output(self.folder, overwrite=overwrite, expected_bytes=expected_bytes)
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        self.partial = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.partial-", dir=self.folder.parent))
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.partial.exists():
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def write_shard(self, tensors: dict[str, Tensor]) -> None:
+        """Write the next shard; names are full tensor names."""
+        self._written += 1
+        assert self._written <= self.n_shards, "more shards than announced"
+        name = f"model-{self._written:05d}-of-{self.n_shards:05d}.safetensors"
+        path = self.partial / name
+        with disk_errors(self.partial):
+            save_file({k: v.contiguous() for k, v in tensors.items()}, path.with_suffix(".tmp"), {"format": "pt"})
+            path.with_suffix(".tmp").rename(path)
+        for key, value in tensors.items():
+            assert key not in self.weight_map, f"{key} written twice"
+            self.weight_map[key] = name
+            self.total_bytes += value.numel() * value.element_size()
+
+    def finish(self, source: Path, config: dict[str, Any], report: dict[str, Any], card: str) -> None:
+        """Write index, other files, report, card and, last, config.json. The folder is complete but not published."""
+        assert self._written == self.n_shards, f"{self._written} of {self.n_shards} shards written"
+        with disk_errors(self.partial):
+            copy_other_files(source, self.partial)
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self.weight_map}
+            _write_json(self.partial / "model.safetensors.index.json", index)
+            _write_json(self.partial / REPORT_NAME, report)
+            # The source's own card stays as it is; ours then goes beside it.
+            name = CARD_NAME if not (self.partial / CARD_NAME).exists() else "README-llmq.md"
+            (self.partial / name).write_text(card, encoding="utf-8")
+            _write_json(self.partial / "config.json", config)
+
+    def update_report(self, report: dict[str, Any]) -> None:
+        """Replace the report of the finished, not yet published folder."""
+        _write_json(self.partial / REPORT_NAME, report)
+
+    def publish(self) -> None:
+        """Rename the finished folder to its name, replacing an old one if that was allowed."""
+        old = None
+        if self.folder.exists():
+            assert self.overwrite, "checked in the constructor"
+            old = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.old-", dir=self.folder.parent))
+            os.replace(self.folder, old / "folder")
+        os.replace(self.partial, self.folder)
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def check_output(folder: Path, *, overwrite: bool, expected_bytes: int = 0) -> None:
+    """Raise before the long work if ``folder`` cannot be written: it exists, is a file, or its disk is too small."""
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"output {folder} exists and is not a folder; choose another --output")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise FileExistsError(f"output folder {folder} exists; use --overwrite to replace it or choose another --output")
+    if folder.exists() and overwrite and any(folder.iterdir()) and not (folder / "config.json").exists():
+        raise FileExistsError(f"output folder {folder} holds files but no config.json: it is no model, so it is not replaced")
+    parent = folder.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        raise PermissionError(f"output {folder}: {parent} is not writable")
+    free = shutil.disk_usage(parent).free
+    if expected_bytes > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"output {folder} needs about {expected_bytes / 2**20:.0f} MiB, its disk has {free / 2**20:.0f} MiB free",
+        )
+
+
+def is_weight_file(path: Path) -> bool:
+    """True for files that hold weights or point at them."""
+    return path.name.endswith(WEIGHT_SUFFIXES)
+
+
+def copy_other_files(source: Path, target: Path) -> None:
+    """Copy every file of ``source`` that is not weights nor config.json, byte for byte, sub-folders included."""
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if path.is_dir() or hidden or is_weight_file(path) or str(relative) == "config.json":
+            continue
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target / relative)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def matrix_layout(n: int, k: int, scheme: QuantScheme) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+    """Shape and dtype of each stored tensor of an n x k matrix, by local name."""
+    return native.layout(n, k, scheme)
+
+
+def matrix_tensors(t: QTensor) -> dict[str, Tensor]:
+    """The stored tensors of a matrix, by local name."""
+    return native.pack(t)
+
+
+def matrix_from_tensors(tensors: dict[str, Tensor], n: int, k: int, scheme: QuantScheme, name: str) -> QTensor:
+    """Inverse of :func:`matrix_tensors`; ValueError names ``name`` when the tensors are not that matrix's."""
+    return native.unpack(tensors, n, k, scheme, name=name)
+
+
+def read_qtensor(folder: Path, name: str, n: int, k: int, scheme: QuantScheme) -> QTensor:
+    """Read one quantized matrix of a written folder.
+
+    Raises:
+        ValueError: the folder lacks a tensor or has it in another shape or dtype; names both.
+    """
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    tensors = {}
+    for key in matrix_layout(n, k, scheme):
+        full = f"{name}.{key}"
+        if full not in weight_map:
+            raise ValueError(f"{folder}: tensor {full} is not in the index")
+        with safe_open(folder / weight_map[full], framework="pt") as f:
+            tensors[key] = f.get_tensor(full)
+    return matrix_from_tensors(tensors, n, k, scheme, name)
+
+
+def check_files(
+    files: Iterable[str | Path], expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]], where: str
+) -> None:
+    """Check the headers of safetensors ``files`` against the tensors that a model expects.
+
+    Args:
+        files: the checkpoint's safetensors files.
+        expected: shape and dtype (None: any float) by full tensor name.
+        where: how errors name the checkpoint.
+
+    Raises:
+        ValueError: an unreadable file, a missing tensor, or one of another shape or dtype; names file and both values.
+    """
+    found: set[str] = set()
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as f:
+                for name in f.keys():  # noqa: SIM118 - not a dict
+                    found.add(name)
+                    part = f.get_slice(name)
+                    _check_tensor(f"{where}: {name} in {Path(file).name}", part, expected.get(name))
+        except (SafetensorError, OSError) as e:
+            raise ValueError(f"{where}: {Path(file).name} cannot be read ({e}); the file is truncated or damaged") from e
+    missing = sorted(set(expected) - found)
+    if missing:
+        raise ValueError(f"{where}: {len(missing)} tensors are missing, among them {', '.join(missing[:3])}")
+
+
+def _check_tensor(what: str, part: Any, want: tuple[tuple[int, ...], torch.dtype | None] | None) -> None:
+    if want is None:
+        return  # transformers itself reports tensors that nobody asked for
+    shape, dtype = tuple(part.get_shape()), DTYPES.get(part.get_dtype())
+    if shape != want[0] or dtype is None or (want[1] is not None and dtype != want[1]):
+        raise ValueError(
+            f"{what} is {part.get_dtype()} {shape}; config.json asks for {want[1] or 'a float dtype'} {want[0]}: "
+            "the files do not belong together or are damaged"
+        )

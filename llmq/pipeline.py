@@ -1,0 +1,333 @@
+"""quantize_model: from a model's name to a checkpoint folder, one decoder block in memory at a time."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmq import calibration
+from llmq.blockwise import BlockCall, BlockRunner, Tail, block_inputs, verified_tails
+from llmq.checkpoint import CheckpointWriter, check_output, matrix_tensors, quantization_config
+from llmq.config import HEAD_BITS, AWQConfig, CalibConfig, GPTQConfig, QuantScheme, one_of
+from llmq.models.load import SourceModel, materialize, open_model
+from llmq.models.resolve import resolve
+from llmq.plan import Matrix, Plan, kept_dtype, make_plan
+from llmq.qtensor import QTensor
+from llmq.report import Log, block_line, build_report, model_card, plan_table, silent, summary, versions
+from llmq.solvers import METHODS, SOLVERS, Method, SolverOptions, rtn
+from llmq.solvers.awq import transform_block
+from llmq.solvers.hessian import InputStats, relative_error
+from llmq.verify import check_folder
+
+DEVICES = ("cpu",)
+# Rows of an embedding or head that are in memory in fp32 at once.
+TABLE_ROWS = 8192
+# Clipping ranges tried for an embedding or head below 8 bits.
+TABLE_GRID_STEPS = 20
+
+
+@dataclass(frozen=True)
+class QuantizationResult:
+    """The published folder, its report (as in llmq_report.json) and the summary that was printed."""
+
+    folder: Path
+    report: dict[str, Any]
+    summary: str
+
+
+@dataclass
+class _Job:
+    """Everything a run knows, filled as it goes."""
+
+    source: SourceModel
+    plan: Plan
+    scheme: QuantScheme
+    method: Method
+    options: SolverOptions
+    log: Log
+    n_windows: int = 0
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    folds: list[dict[str, Any]] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)
+
+
+def quantize_model(
+    model: str | Path,
+    scheme: QuantScheme | None = None,
+    *,
+    output: str | Path | None = None,
+    method: str = "gptq",
+    calib: CalibConfig | None = None,
+    gptq: GPTQConfig | None = None,
+    awq: AWQConfig | None = None,
+    head_bits: int = 8,
+    overwrite: bool = False,
+    device: str = "cpu",
+    log: Log | None = None,
+) -> QuantizationResult:
+    """Quantize a causal language model and write it as a folder that transformers opens after ``import llmq``.
+
+    Args:
+        model: a local folder, a ``.gguf`` file, an alias or a hub id, tried in this order.
+        scheme: bits, group size and symmetry of the decoder's linears; 4 bits in groups of 128 by default.
+        output: folder to write; default: the model's name and the scheme, in the current folder.
+        method: a row of ``llmq.solvers.METHODS``.
+        calib: calibration text; default: what works without a network.
+        gptq, awq: options of the solvers.
+        head_bits: bits of token embedding and head: 16, 8 or 4.
+        overwrite: replace ``output`` if it is a model folder.
+        device: where to compute; ``cpu``.
+        log: gets each line of progress; default: none.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: anything that is wrong with the request, before the long work.
+        OSError: the disk filled up; nothing is left behind.
+    """
+    scheme, calib, log = scheme or QuantScheme(), calib or CalibConfig(), log or silent
+    options = SolverOptions(gptq or GPTQConfig(), awq or AWQConfig())
+    one_of("method", method, METHODS)
+    one_of("head_bits", head_bits, HEAD_BITS)
+    one_of("device", device, DEVICES)
+    row = METHODS[method]
+    start = time.perf_counter()
+    if row.needs_text:
+        calibration.check(calib, max_positions=None)
+    resolved = resolve(str(model), log=log)
+    source = open_model(resolved.folder)
+    if row.needs_text:
+        calibration.check(calib, max_positions=source.max_positions)
+    folder = Path(output) if output is not None else Path(default_output(str(model), scheme))
+    plan = make_plan(source, scheme, head_bits, row, calib.nsamples * calib.seqlen, calib.seqlen)
+    check_output(folder.absolute(), overwrite=overwrite, expected_bytes=plan.bytes_after)
+    job = _Job(source, plan, scheme, row, options, log)
+    text = f"{calib.calib}: {calib.nsamples} windows of {calib.seqlen} tokens" if row.needs_text else "none needed"
+    log(plan_table(plan, model=str(model), family=source.family.name, method=method, calibration=text, output=folder))
+    with CheckpointWriter(
+        folder, len(source.block_names) + 1, overwrite=overwrite, expected_bytes=plan.bytes_after
+    ) as writer:
+        return _run(job, writer, calib, str(model), resolved.origin, method, start)
+
+
+def default_output(model: str, scheme: QuantScheme) -> str:
+    """``gemma-3-1b-w4g128`` for ``google/gemma-3-1b`` or ``~/models/gemma-3-1b.gguf``."""
+    name = Path(model.rstrip("/")).name.removesuffix(".gguf")
+    return f"{name}-{scheme}"
+
+
+def _run(
+    job: _Job, writer: CheckpointWriter, calib: CalibConfig, model: str, origin: str, method: str, start: float
+) -> QuantizationResult:
+    seconds: dict[str, float] = {}
+
+    def lap(name: str, since: float) -> float:
+        seconds[name] = round(time.perf_counter() - since, 2)
+        return time.perf_counter()
+
+    now = lap("open", start)
+    texts = _calibration(job, calib)
+    tokens = texts.tokens if texts is not None else None
+    now = lap("calibration", now)
+    probe = _quantize_blocks(job, writer, tokens)
+    now = lap("blocks", now)
+    writer.write_shard(_outside_blocks(job))
+    now = lap("tables", now)
+    config = _config_json(job)
+    report = build_report(
+        job.plan,
+        job.rows,
+        model=model,
+        origin=origin,
+        family=job.source.family.name,
+        method=method,
+        options={"scheme": str(job.scheme), **asdict(job.options), "calib": asdict(calib)},
+        calibration=texts.provenance() if texts is not None else None,
+        folds=job.folds,
+        seconds=seconds,
+    )
+    writer.finish(job.source.folder, config, report, model_card(job.plan, report, writer.folder.name))
+    job.log("reading the folder back")
+    report["check"] = check_folder(writer.partial, job.plan, job.digests, probe, job.source.block_names)
+    lap("check", now)
+    seconds["total"] = round(time.perf_counter() - start, 2)
+    writer.update_report(report)
+    writer.publish()
+    text = summary(writer.folder, job.plan, report)
+    job.log(text)
+    return QuantizationResult(writer.folder, report, text)
+
+
+def _calibration(job: _Job, calib: CalibConfig) -> calibration.CalibrationSet | None:
+    if not job.method.needs_text:
+        return None
+
+    def sampler(n_samples: int, seqlen: int, seed: int) -> Tensor:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(job.source.folder, dtype=torch.float32)
+        return calibration.sample_from_model(model, job.source.tokenizer, n_samples, seqlen, seed)
+
+    texts = calibration.load(calib, job.source.tokenizer, sampler=sampler, log=job.log)
+    job.log(
+        f"calibration: {texts.source}, {texts.tokens.shape[0]} windows of {texts.tokens.shape[1]} tokens, "
+        f"BOS {'in each' if texts.bos else 'none'}{', ' + texts.note if texts.note else ''}"
+    )
+    return texts
+
+
+@dataclass
+class Probe:
+    """First tokens of a calibration window: ids i64[1, t], block-0 input and last block's output f32[1, t, hidden]."""
+
+    ids: Tensor
+    entering: Tensor
+    leaving: Tensor
+
+
+def _quantize_blocks(job: _Job, writer: CheckpointWriter, tokens: Tensor | None) -> Probe | None:
+    """Solve and write every block; returns the probe for the final check (None without calibration text)."""
+    source, hidden, calls, tails = job.source, [], [], None
+    names = source.block_names
+    probe = None
+    if tokens is not None:
+        job.n_windows = tokens.shape[0]
+        hidden, calls = block_inputs(source, tokens)
+        cut = min(64, tokens.shape[1])
+        probe = Probe(tokens[:1, :cut], hidden[0][:, :cut].clone(), torch.empty(0))
+    start = time.perf_counter()
+    for i, name in enumerate(names):
+        began = time.perf_counter()
+        with materialize(source.block(i), name, source.reader) as block:
+            runner = None
+            if calls:
+                runner = BlockRunner(block, calls[i], hidden, {})
+                tails = verified_tails(runner, source.family) if tails is None else tails
+                runner.tails = tails
+            tensors, errors = _quantize_block(job, name, block, runner)
+        writer.write_shard(tensors)
+        now = time.perf_counter()
+        n_tokens = tokens.numel() if tokens is not None else 0
+        job.log(block_line(i, len(names), errors, n_tokens, now - began, now - start))
+    if probe is not None:
+        probe.leaving = hidden[0][:, : probe.ids.shape[1]].clone()
+    return probe
+
+
+def _quantize_block(
+    job: _Job, name: str, block: nn.Module, runner: BlockRunner | None
+) -> tuple[dict[str, Tensor], list[float]]:
+    """(tensors of the block's shard by full name, relative errors of its linears). Advances ``runner``."""
+    groups = [g for g in job.source.family.linear_groups if set(g) <= set(job.source.block_linears(0))]
+    shared: dict[str, InputStats] = {}
+    if runner is not None and job.method.awq:
+        folds = transform_block(
+            block,
+            job.source.family,
+            runner.observe_all(groups),
+            job.scheme,
+            job.options.awq,
+            lambda: runner.run(0),
+        )
+        job.folds += [{"block": name, **fold.to_dict()} for fold in folds]
+    if runner is not None and not job.options.gptq.true_sequential:
+        shared = runner.observe_all(groups)
+    tensors: dict[str, Tensor] = {}
+    errors = []
+    for group in groups:
+        stats = None
+        if runner is not None:
+            stats = shared[group[0]] if shared else runner.observe(group)
+        for linear_name in group:
+            linear = block.get_submodule(linear_name)
+            assert isinstance(linear, nn.Linear)
+            full = f"{name}.{linear_name}"
+            solved, row = _solve(job, full, linear_name, linear.weight, stats)
+            tensors.update({f"{full}.{key}": value for key, value in matrix_tensors(solved).items()})
+            errors += [row["error"]] if row["error"] is not None else []
+        if runner is not None:
+            runner.settle(group)
+    if runner is not None:
+        runner.advance()
+    quantized = {f"{linear}.weight" for group in groups for linear in group}
+    for key, parameter in block.named_parameters():
+        if key not in quantized:
+            dtype = kept_dtype(job.source.reader.dtype(f"{name}.{key}"), parameter.dim())
+            tensors[f"{name}.{key}"] = parameter.detach().to(dtype)
+    return tensors, errors
+
+
+def _solve(
+    job: _Job, full: str, name: str, weight: nn.Parameter, stats: InputStats | None
+) -> tuple[QTensor, dict[str, Any]]:
+    """Solve one linear, put the dequantized weights in its place, and add its line to the report."""
+    began = time.perf_counter()
+    W = weight.detach().clone()
+    if not torch.isfinite(W).all():
+        raise ValueError(f"{full}.weight holds NaN or infinity in {job.source.folder}; the model is damaged")
+    may_clip = name not in job.source.family.no_clip
+    solved = SOLVERS[job.method.solver](full, W, stats, job.scheme, job.options, may_clip)
+    W_hat = solved.qtensor.dequantize()
+    row: dict[str, Any] = {"name": full, "shape": list(W.shape), "scheme": str(job.scheme), "bits": job.scheme.bits}
+    row |= {"group_size": job.scheme.group_size, "solver": job.method.solver, "error": None, "error_rtn": None}
+    if stats is not None:
+        H = stats.hessian(full)
+        row["error_rtn"] = relative_error(W, rtn.solve(W, job.scheme).dequantize(), H)
+        row["error"] = relative_error(W, W_hat, H)
+        row |= {"tokens": stats.n_tokens, "tokens_not_finite": stats.n_dropped}
+    row |= {**solved.notes, "seconds": round(time.perf_counter() - began, 3)}
+    weight.data.copy_(W_hat)
+    job.rows.append(row)
+    job.digests[full] = solved.qtensor.digest()
+    return solved.qtensor, row
+
+
+def _outside_blocks(job: _Job) -> dict[str, Tensor]:
+    """Tensors of the last shard: embedding, head, final norm, and whatever else is outside the decoder blocks."""
+    reader = job.source.reader
+    tensors: dict[str, Tensor] = {}
+    for matrix in job.plan.tables:
+        qtensor = _quantize_table(job, matrix)
+        job.digests[matrix.name] = qtensor.digest()
+        tensors.update({f"{matrix.name}.{key}": value for key, value in matrix_tensors(qtensor).items()})
+    for kept in job.plan.kept:
+        if not any(kept.name.startswith(block + ".") for block in job.source.block_names):
+            tensors[kept.name] = reader.tensor(kept.name).to(kept.dtype)
+    persistent = job.source.model.state_dict().keys() - dict(job.source.model.named_parameters(remove_duplicate=False)).keys()
+    tensors.update({name: reader.tensor(name) for name in persistent if name in reader})
+    return tensors
+
+
+def _quantize_table(job: _Job, matrix: Matrix) -> QTensor:
+    """An embedding or head, rounded to nearest chunk by chunk; below 8 bits each group's range is clipped to its best."""
+    codes, scales, zeros = [], [], []
+    grid_steps = TABLE_GRID_STEPS if matrix.scheme.bits < 8 else 0
+    identity = torch.eye(matrix.k) if grid_steps else None
+    for _, rows in job.source.reader.row_chunks(f"{matrix.name}.weight", TABLE_ROWS):
+        W = rows.float()
+        if not torch.isfinite(W).all():
+            raise ValueError(f"{matrix.name}.weight holds NaN or infinity in {job.source.folder}; the model is damaged")
+        part = rtn.solve(W, matrix.scheme, identity, grid_steps=grid_steps)
+        codes.append(part.q)
+        scales.append(part.scale)
+        zeros.append(part.zero)
+    zero = None if matrix.scheme.sym else torch.cat([z for z in zeros if z is not None])
+    return QTensor(torch.cat(codes), torch.cat(scales), zero, matrix.scheme)
+
+
+def _config_json(job: _Job) -> dict[str, Any]:
+    """config.json of the source with the quantization block, computing in fp32: a CPU gains nothing from less."""
+    import json
+
+    config: dict[str, Any] = json.loads((job.source.folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    config["dtype"] = "float32"
+    producer = f"llmq {versions()['llmq']}"
+    config["quantization_config"] = quantization_config(job.plan.schemes(), job.scheme, job.plan.tied, producer)
+    return config
+
+
+__all__ = ["BlockCall", "Probe", "QuantizationResult", "Tail", "default_output", "quantize_model"]

@@ -1,0 +1,201 @@
+"""What a run will do, before it does it: matrices, what stays in 16 bit and why, sizes, time and memory."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from llmq.checkpoint import matrix_layout
+from llmq.config import QuantScheme
+from llmq.models.load import SourceModel
+from llmq.runtime.hf import embedding_scale
+from llmq.solvers import Method
+
+# Bytes of Python, torch and transformers before a model is touched; measured on Linux.
+BASE_BYTES = 600 << 20
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix [n, k] that will be quantized; ``shared_with`` names a module that uses the same one."""
+
+    name: str
+    n: int
+    k: int
+    scheme: QuantScheme
+    shared_with: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        layout = matrix_layout(self.n, self.k, self.scheme).values()
+        return sum(shape[0] * shape[1] * torch.empty(0, dtype=dtype).element_size() for shape, dtype in layout)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return self.n * self.k
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor that is not quantized, the dtype it is stored in, and why."""
+
+    name: str
+    weights: int
+    dtype: torch.dtype
+    reason: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return self.weights * torch.empty(0, dtype=self.dtype).element_size()
+
+
+@dataclass
+class Plan:
+    """The whole run. ``seconds`` and ``peak_bytes`` are predictions, everything else is exact."""
+
+    linears: list[Matrix]
+    tables: list[Matrix]
+    kept: list[Kept]
+    tied: dict[str, str]
+    seconds: float = 0.0
+    peak_bytes: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of the model with every weight in 16 bit."""
+        return 2 * self.weights
+
+    @property
+    def weights(self) -> int:
+        """Weights of the model, shared ones once."""
+        return sum(m.weights for m in (*self.linears, *self.tables)) + sum(k.weights for k in self.kept)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of the tensors that will be written."""
+        return sum(m.nbytes for m in (*self.linears, *self.tables)) + sum(k.nbytes for k in self.kept)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits a weight over the quantized linears: codes, scales and zeros."""
+        return 8 * sum(m.nbytes for m in self.linears) / max(1, sum(m.weights for m in self.linears))
+
+    @property
+    def bits_per_weight_all(self) -> float:
+        """Bits a weight over the whole model, embedding, head and norms included."""
+        return 8 * self.bytes_after / max(1, self.weights)
+
+    def schemes(self) -> dict[str, QuantScheme]:
+        """Scheme by module name."""
+        return {m.name: m.scheme for m in (*self.linears, *self.tables)}
+
+
+def table_scheme(scheme: QuantScheme, head_bits: int) -> QuantScheme:
+    """Grid of embedding and head: symmetric at 8 bits, where a zero point buys nothing; groups as the linears'."""
+    return QuantScheme(head_bits, scheme.group_size if scheme.group_size > 0 else 128, sym=head_bits == 8)
+
+
+def kept_dtype(stored: torch.dtype, dims: int) -> torch.dtype:
+    """Vectors stay in fp32 (they are tiny and AWQ may fold scales into them); matrices in their own 16 bits, or bf16."""
+    if dims < 2:
+        return torch.float32
+    return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16
+
+
+def make_plan(
+    source: SourceModel, scheme: QuantScheme, head_bits: int, method: Method, n_tokens: int, seqlen: int
+) -> Plan:
+    """Decide for every tensor of the model; predict time and memory for ``n_tokens`` of calibration."""
+    linears = [
+        Matrix(f"{block}.{name}", n, k, scheme)
+        for i, block in enumerate(source.block_names)
+        for name, (n, k) in source.block_linears(i).items()
+    ]
+    tables, reasons = _tables(source, scheme, head_bits)
+    tied = {m.shared_with: m.name for m in tables if m.shared_with}
+    quantized = {f"{m.name}.weight" for m in (*linears, *tables)} | {f"{name}.weight" for name in tied}
+    kept = []
+    for name, parameter in source.model.named_parameters():
+        if name not in quantized and name in source.reader:
+            why = reasons.get(name.removesuffix(".weight")) or _why_kept(name, parameter, source)
+            kept.append(Kept(name, parameter.numel(), kept_dtype(source.reader.dtype(name), parameter.dim()), why))
+    plan = Plan(linears, tables, kept, tied)
+    _predict(plan, source, method, n_tokens, seqlen)
+    return plan
+
+
+def _tables(source: SourceModel, scheme: QuantScheme, head_bits: int) -> tuple[list[Matrix], dict[str, str]]:
+    """Embedding and head as matrices to quantize, and the reason for each that is not."""
+    embed, head = source.model.get_submodule(source.embed_name), source.model.get_submodule(source.head_name)
+    both = {source.embed_name: "--head-bits 16", source.head_name: "--head-bits 16"}
+    if head_bits == 16:
+        return [], both
+    assert isinstance(embed, nn.Embedding)
+    grid = table_scheme(scheme, head_bits)
+    known_embedding = embedding_scale(embed) is not None
+    known_head = isinstance(head, nn.Linear) and (not source.tied or head.bias is None)
+    tables, reasons = [], {}
+    if known_embedding and (known_head or not source.tied):
+        shared = source.head_name if source.tied else None
+        tables.append(Matrix(source.embed_name, embed.num_embeddings, embed.embedding_dim, grid, shared))
+    else:
+        reasons[source.embed_name] = f"embedding of class {type(embed).__name__}"
+    if not source.tied and known_head:
+        assert isinstance(head, nn.Linear)
+        tables.append(Matrix(source.head_name, head.out_features, head.in_features, grid))
+    elif not known_head:
+        reasons[source.head_name] = f"head of class {type(head).__name__}"
+    return tables, reasons
+
+
+def _why_kept(name: str, parameter: torch.Tensor, source: SourceModel) -> str:
+    if parameter.dim() < 2:
+        return "norm or bias"
+    if any(name.startswith(block + ".") for block in source.block_names):
+        return "not a linear of the block"
+    return "outside the decoder blocks"
+
+
+def _predict(plan: Plan, source: SourceModel, method: Method, n_tokens: int, seqlen: int) -> None:
+    """Fill in seconds and peak bytes from the shapes and a short measurement of this machine's matrix product."""
+    blocks = len(source.block_names)
+    block = source.block_linears(0)
+    weights = sum(n * k for n, k in block.values())
+    widths = [max(block[name][1] for name in group) for group in source.family.linear_groups]
+    hidden = min(k for _, k in block.values())
+    if method.needs_text:
+        rate = gemm_rate()
+        attention = 2 * seqlen * max(k for name, (_, k) in block.items() if "mlp" not in name or len(block) == 1)
+        passes = 2.0 * weights + attention + sum(k * k for k in widths) + (weights + attention if method.awq else 0)
+        solve = sum(weights / max(1, sum(n for n, _ in block.values())) * k for k in widths) + 120 * weights
+        plan.seconds = blocks * (2 * n_tokens * passes + 2 * solve) / rate + blocks * 0.5
+        memory = n_tokens * 4 * (2 * hidden + max(widths)) + 8 * 4 * max(widths) ** 2
+    else:
+        plan.seconds, memory = 1e-7 * plan.weights, 0
+    plan.seconds += 2e-7 * plan.weights
+    codes = max([0, *(2 * m.weights for m in plan.tables)])
+    plan.peak_bytes = BASE_BYTES + max(memory + 16 * weights, codes)
+    wide = [k for k in widths if method.needs_text and n_tokens < 2 * k]
+    if wide:
+        plan.warnings.append(
+            f"{n_tokens} calibration tokens are few for layers of {max(wide)} inputs; "
+            f"use {2 * max(wide)} or more (--nsamples {-(-2 * max(wide) // seqlen)} --seqlen {seqlen})"
+        )
+
+
+def gemm_rate(seconds: float = 0.15) -> float:
+    """fp32 operations a second of this machine's matrix product, measured now."""
+    a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
+    a @ b
+    n, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        a @ b
+        n += 1
+    return 2 * 1024**3 * n / (time.perf_counter() - start)

@@ -1,0 +1,129 @@
+"""``python -m llmq.quantize --model gemma-3-1b --wbits 4``: the main job as a command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmq.config import AWQConfig, CalibConfig, GPTQConfig, QuantScheme
+
+# Flags of a field where they are not simply --field-name; the first is the one that help shows.
+FLAGS: dict[str, tuple[str, ...]] = {
+    "bits": ("--wbits", "--bits", "--w-bits", "--w_bits"),
+    "group_size": ("--group-size", "--groupsize", "--group_size"),
+    "act_order": ("--act-order", "--act_order", "--desc-act", "--desc_act"),
+    "percdamp": ("--percdamp", "--damp-percent", "--damp_percent"),
+    "calib": ("--calib", "--dataset"),
+    "true_sequential": ("--true-sequential", "--true_sequential"),
+    "clip": ("--awq-clip",),
+    "n_grid": ("--awq-grid",),
+}
+GROUPS: tuple[tuple[str, type], ...] = (
+    ("grid of the weights", QuantScheme),
+    ("calibration text", CalibConfig),
+    ("GPTQ", GPTQConfig),
+    ("AWQ", AWQConfig),
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's parser; options that belong to a dataclass are read from its fields."""
+    parser = argparse.ArgumentParser(
+        prog="python -m llmq.quantize",
+        description="Quantize a causal language model and write it as a folder that transformers opens after 'import llmq'.",
+        epilog="Example: python -m llmq.quantize --model gemma-3-1b --wbits 4",
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what and where to")
+    what.add_argument("--model", required=True, help="local folder, .gguf file, alias (gemma-3-1b, ...) or hub id")
+    what.add_argument("--output", help="folder to write (default: <model>-<scheme> in the current folder)")
+    what.add_argument("--overwrite", action="store_true", help="replace the output folder if it is a model folder")
+    what.add_argument("--device", default="cpu", help="where to compute; known: cpu (default: cpu)")
+    how = parser.add_argument_group("method")
+    how.add_argument("--method", default="gptq", help="gptq, awq, awq+gptq or rtn (default: gptq)")
+    how.add_argument("--head-bits", "--head_bits", type=int, default=8, help="embedding and head: 16, 8 or 4 (default: 8)")
+    for title, options in GROUPS:
+        _add_fields(parser.add_argument_group(title), options)
+    after = parser.add_argument_group("afterwards")
+    after.add_argument("--eval", metavar="FILE", help="text on which perplexity is measured before and after")
+    after.add_argument("--eval-seqlen", type=int, default=2048, help="tokens a window of that text (default: 2048)")
+    after.add_argument("--eval-windows", type=int, help="windows of that text at most (default: all)")
+    return parser
+
+
+def _add_fields(group: Any, options: type) -> None:
+    for f in dataclasses.fields(options):
+        flags = FLAGS.get(f.name, ("--" + f.name.replace("_", "-"),))
+        default, text = f.default, f"{f.metadata['help']} (default: {f.default})"
+        if f.name == "sym":
+            either = group.add_mutually_exclusive_group()
+            either.add_argument("--sym", action="store_true", default=default, help=f.metadata["help"])
+            either.add_argument("--asym", dest="sym", action="store_false", default=default, help="grid with a zero point (default)")
+        elif isinstance(default, bool):
+            text = f"{f.metadata['help']} (default: {'yes' if default else 'no'})"
+            group.add_argument(*flags, dest=f.name, action=argparse.BooleanOptionalAction, default=default, help=text)
+        else:
+            choices = f.metadata.get("choices")
+            known = f"; known: {', '.join(map(str, choices))}" if choices else ""
+            text = text.replace("%", "%%")[:-1] + known + ")"
+            group.add_argument(*flags, dest=f.name, type=type(default), default=default, metavar=f.name.upper(), help=text)
+
+
+def _options(args: argparse.Namespace, options: type) -> Any:
+    return options(**{f.name: getattr(args, f.name) for f in dataclasses.fields(options)})
+
+
+def run(args: argparse.Namespace) -> None:
+    """Quantize as ``args`` says, then evaluate if asked. Raises what :func:`llmq.quantize_model` raises."""
+    scheme, calib = _options(args, QuantScheme), _options(args, CalibConfig)
+    gptq, awq = _options(args, GPTQConfig), _options(args, AWQConfig)
+    if args.eval is not None and not Path(args.eval).is_file():
+        raise FileNotFoundError(f"--eval {args.eval}: there is no such file")
+    # Only now: the imports take seconds, a typing error should not.
+    from llmq.pipeline import quantize_model
+
+    result = quantize_model(
+        args.model,
+        scheme,
+        output=args.output,
+        method=args.method,
+        calib=calib,
+        gptq=gptq,
+        awq=awq,
+        head_bits=args.head_bits,
+        overwrite=args.overwrite,
+        device=args.device,
+        log=lambda line: print(line, flush=True),  # noqa: T201
+    )
+    if args.eval is not None:
+        _evaluate(args, result.folder)
+
+
+def _evaluate(args: argparse.Namespace, folder: Path) -> None:
+    from llmq import evaluation
+
+    common = ["--dataset", args.eval, "--seqlen", str(args.eval_seqlen)]
+    common += ["--max-windows", str(args.eval_windows)] if args.eval_windows is not None else []
+    evaluation.main(["--model", str(folder), "--reference", args.model, *common], require_reference=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: 0 when done, 2 on bad input (nothing written), 130 on Ctrl-C."""
+    args = build_parser().parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)  # noqa: T201
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

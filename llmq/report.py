@@ -1,0 +1,220 @@
+"""What a run says: the table before it, a line a block, the summary after it, and the files that stay with the model."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from llmq.checkpoint import REPORT_NAME
+from llmq.plan import Plan
+
+Log = Callable[[str], None]
+
+
+def silent(_line: str) -> None:
+    """A log that says nothing."""
+
+
+def size(n_bytes: float) -> str:
+    """``12.3 MiB`` or ``1.2 GiB``."""
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """``42 s``, ``3 min 05 s`` or ``2 h 10 min``."""
+    s = round(seconds)
+    if s < 90:
+        return f"{s} s"
+    return f"{s // 60} min {s % 60:02d} s" if s < 5400 else f"{s // 3600} h {s % 3600 // 60:02d} min"
+
+
+def peak_rss() -> int:
+    """Largest resident memory of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def current_rss() -> int:
+    """Resident memory of this process now, bytes (the peak where the system does not tell)."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return peak_rss()
+    return int(statm.read_text().split()[1]) * resource.getpagesize()
+
+
+def plan_table(plan: Plan, *, model: str, family: str, method: str, calibration: str, output: Path) -> str:
+    """The table that a run begins with."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for m in plan.linears:
+        key = (m.name.split(".", 3)[-1] if m.name.count(".") > 2 else m.name, f"{m.n} x {m.k}")
+        entry = groups.setdefault(key, [0, 0])
+        entry[0] += 1
+        entry[1] += m.nbytes
+    scheme = plan.linears[0].scheme
+    lines = [
+        f"model        {model} (family {family}, {plan.weights / 1e6:.1f} M weights)",
+        f"method       {method}, {scheme}",
+        f"calibration  {calibration}",
+        f"output       {output}",
+        "",
+        f"  {'quantized':34} {'shape':>16} {'count':>6} {'scheme':>11} {'size':>11}",
+    ]
+    for (name, shape), (count, nbytes) in groups.items():
+        lines.append(f"  {name:34} {shape:>16} {count:6d} {str(scheme):>11} {size(nbytes):>11}")
+    for m in plan.tables:
+        name = m.name if m.shared_with is None else f"{m.name} = {m.shared_with}"
+        lines.append(f"  {name:34} {f'{m.n} x {m.k}':>16} {1:6d} {str(m.scheme):>11} {size(m.nbytes):>11}")
+    reasons: dict[tuple[str, str], list[int]] = {}
+    for kept in plan.kept:
+        entry = reasons.setdefault((kept.reason, str(kept.dtype).removeprefix("torch.")), [0, 0])
+        entry[0] += 1
+        entry[1] += kept.nbytes
+    for (reason, dtype), (count, nbytes) in reasons.items():
+        lines.append(f"  {'left as it is: ' + reason:51} {count:6d} {dtype:>11} {size(nbytes):>11}")
+    ratio = plan.bytes_before / plan.bytes_after
+    lines += [
+        "",
+        f"  {size(plan.bytes_before)} in 16 bit -> {size(plan.bytes_after)} ({ratio:.1f} x smaller); "
+        f"{plan.bits_per_weight:.3f} bits a weight, {plan.bits_per_weight_all:.3f} with embedding and head",
+        f"  predicted: {duration(plan.seconds)}, peak memory {size(plan.peak_bytes)}",
+        *(f"  warning: {w}" for w in plan.warnings),
+    ]
+    return "\n".join(lines)
+
+
+def block_line(i: int, n: int, errors: list[float], tokens: int, seconds: float, elapsed: float) -> str:
+    """The progress line after block ``i`` of ``n`` (from 0)."""
+    left = elapsed / (i + 1) * (n - i - 1)
+    loss = f"output error {100 * sum(errors) / len(errors):.3f} %" if errors else "no calibration"
+    speed = f"{tokens / seconds:.0f} tokens/s" if tokens else f"{seconds:.1f} s"
+    width = len(str(n))
+    return f"  block {i + 1:{width}d}/{n}  {loss}  {speed}  left {duration(left)}  memory {size(current_rss())}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what made the checkpoint."""
+    names = ("llmq", "torch", "transformers", "safetensors")
+    return {"python": platform.python_version(), **{n: _version(n) for n in names}}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "source tree"
+
+
+def build_report(
+    plan: Plan,
+    rows: list[dict[str, Any]],
+    *,
+    model: str,
+    origin: str,
+    family: str,
+    method: str,
+    options: dict[str, Any],
+    calibration: dict[str, Any] | None,
+    folds: list[dict[str, Any]],
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """The contents of llmq_report.json."""
+    return {
+        "model": {"spec": model, "origin": origin, "family": family, "weights": plan.weights},
+        "method": method,
+        "options": options,
+        "sizes": {
+            "bytes_16bit": plan.bytes_before,
+            "bytes": plan.bytes_after,
+            "bits_per_weight_linears": plan.bits_per_weight,
+            "bits_per_weight_all": plan.bits_per_weight_all,
+        },
+        "predicted": {"seconds": plan.seconds, "peak_bytes": plan.peak_bytes},
+        "linears": rows,
+        "tables": [{"name": m.name, "scheme": str(m.scheme), "tied": m.shared_with} for m in plan.tables],
+        "kept": [{"name": k.name, "dtype": str(k.dtype), "reason": k.reason} for k in plan.kept],
+        "folds": folds,
+        "warnings": plan.warnings,
+        "calibration": calibration,
+        "seconds": seconds,
+        "peak_rss_bytes": peak_rss(),
+        "machine": {"processor": platform.processor() or platform.machine(), "system": platform.platform()},
+        "versions": versions(),
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def mean_errors(rows: list[dict[str, Any]]) -> tuple[float, float] | None:
+    """Mean relative output error of the linears under round-to-nearest and as solved; None without calibration."""
+    measured = [r for r in rows if r["error"] is not None]
+    if not measured:
+        return None
+    return (
+        sum(r["error_rtn"] for r in measured) / len(measured),
+        sum(r["error"] for r in measured) / len(measured),
+    )
+
+
+def load_lines(folder: Path | str) -> list[str]:
+    """The Python lines that load and run a folder."""
+    return [
+        "import llmq  # registers the format with transformers; without it the weights would be random",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f'model = AutoModelForCausalLM.from_pretrained("{folder}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{folder}")',
+        'inputs = tokenizer("The sky is", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",
+    ]
+
+
+def summary(folder: Path, plan: Plan, report: dict[str, Any]) -> str:
+    """What a run ends with."""
+    errors = mean_errors(report["linears"])
+    lines = [
+        f"done in {duration(report['seconds']['total'])}, peak memory {size(report['peak_rss_bytes'])}",
+        f"{folder}: {size(plan.bytes_after)} ({plan.bytes_before / plan.bytes_after:.1f} x smaller than 16 bit), "
+        f"{plan.bits_per_weight:.3f} bits a weight, {plan.bits_per_weight_all:.3f} over all",
+    ]
+    if errors:
+        lines.append(f"mean output error of a linear: {100 * errors[1]:.3f} % (round to nearest: {100 * errors[0]:.3f} %)")
+    lines += [f"details in {folder / REPORT_NAME}", "", "load it:", *(f"    {line}" for line in load_lines(folder))]
+    return "\n".join(lines)
+
+
+def model_card(plan: Plan, report: dict[str, Any], folder_name: str) -> str:
+    """README.md of the folder."""
+    errors = mean_errors(report["linears"])
+    calibration = report["calibration"]
+    text = [
+        "---",
+        "library_name: transformers",
+        "tags: [llmq, quantized, cpu]",
+        "---",
+        f"# {folder_name}",
+        "",
+        f"`{report['model']['spec']}` quantized by llmq {report['versions']['llmq']}: "
+        f"{report['method']}, {plan.linears[0].scheme}, {plan.bits_per_weight:.3f} bits a weight over the linears, "
+        f"{plan.bits_per_weight_all:.3f} over the whole model ({size(plan.bytes_after)}).",
+        "",
+        "**`import llmq` before loading.** Without it transformers does not know the format: it warns and returns a model",
+        "with random weights.",
+        "",
+        "```python",
+        *load_lines(folder_name),
+        "```",
+        "",
+    ]
+    if errors:
+        text.append(
+            f"Mean relative output error of a linear on the calibration text: {100 * errors[1]:.3f} % "
+            f"(round to nearest: {100 * errors[0]:.3f} %)."
+        )
+    if calibration:
+        text.append(f"Calibrated on {calibration['source']} ({calibration['tokens_kept']} tokens).")
+    text.append(f"Every layer's figures are in `{REPORT_NAME}`.")
+    return "\n".join(text) + "\n"

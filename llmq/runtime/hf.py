@@ -1,0 +1,147 @@
+"""Registration with transformers: after ``import llmq`` its ``AutoModelForCausalLM`` opens llmq folders.
+
+Without the import transformers does not know the method, warns, and returns random weights; there is no hook by which a
+package could prevent that, so the model card of every folder says it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmq.checkpoint import QUANT_METHOD, check_files, matrix_layout, parse_quantization_config
+from llmq.config import QuantScheme
+from llmq.runtime.qlinear import QEmbedding, QLinear, QuantizedMatrix, TiedHead
+
+
+class LlmqConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` block of an llmq folder; keys as in docs/FORMATS.md, unknown ones are kept.
+
+    ``activation_bits`` may be given to ``from_pretrained(quantization_config=...)``-style callers or set in config.json:
+    8 (default) quantizes activations to int8, 16 keeps them in float.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.pop("quant_method", None)
+        self.quant_method = QUANT_METHOD
+        self.activation_bits = kwargs.pop("activation_bits", 8)
+        for key, value in kwargs.items():
+            setattr(self, key, value)
+
+
+class LlmqQuantizer(HfQuantizer):
+    """Puts QLinear, QEmbedding and TiedHead in place before the weights arrive, packs them afterwards."""
+
+    requires_calibration = True
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse devices other than the CPU."""
+        device_map = kwargs.get("device_map")
+        devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+        bad = [d for d in devices if d is not None and str(d) != "cpu"]
+        if bad:
+            raise ValueError(f"device_map asks for {bad[0]}; llmq's kernels run on the CPU: use device_map='cpu' or none")
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """``save_pretrained`` writes the same integers back."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The integers cannot be trained."""
+        return False
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Scales stay fp16, whatever dtype the model is loaded in: they are part of the integers' meaning."""
+        stored = param.get_dtype() if hasattr(param, "get_dtype") else str(param.dtype)
+        if dtype == torch.float16 and stored in ("F16", "torch.float16"):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        block = self.quantization_config.to_dict()
+        where = str(getattr(model, "name_or_path", "") or "checkpoint")
+        schemes, tied = parse_quantization_config(block, where)
+        activation_bits = int(block.get("activation_bits", 8))
+        for name, scheme in schemes.items():
+            _replace(model, name, _quantized_twin(_module(model, name, where), scheme, activation_bits, name))
+        for name, source in tied.items():
+            embedding = model.get_submodule(source)
+            if not isinstance(embedding, QEmbedding):
+                raise ValueError(f"{where}: {name} is tied to {source}, which is not an embedding")
+            _replace(model, name, TiedHead(embedding, activation_bits=activation_bits))
+        if tied:  # nothing is left for transformers to tie
+            model._tied_weights_keys = None
+            model.all_tied_weights_keys = {}
+        files = kwargs.get("checkpoint_files")
+        if files:
+            check_files(files, _expected(model, schemes), where)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        dtype = model.dtype
+        assert isinstance(dtype, torch.dtype)
+        for module in model.modules():
+            if isinstance(module, QuantizedMatrix):
+                module.pack_()
+            if isinstance(module, QEmbedding):
+                module.reset_output_scale(dtype)
+        return model
+
+
+def _module(model: nn.Module, name: str, where: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"{where}: quantization_config names {name}, which {type(model).__name__} does not have") from None
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def embedding_scale(module: nn.Module) -> float | None:
+    """The factor an embedding module multiplies its rows by; None when the module is of a kind we do not know."""
+    if type(module) is nn.Embedding:
+        return 1.0
+    scale = getattr(module, "scalar_embed_scale", None)
+    return float(scale) if isinstance(scale, float | int) else None
+
+
+def _quantized_twin(module: nn.Module, scheme: QuantScheme, activation_bits: int, name: str) -> QuantizedMatrix:
+    """The module that takes the place of a linear or an embedding, with empty buffers on the same device."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    with weight.device:
+        if isinstance(module, nn.Embedding):
+            scale = embedding_scale(module)
+            if scale is None:
+                raise ValueError(f"{name}: embeddings of class {type(module).__name__} cannot be quantized")
+            return QEmbedding(module.num_embeddings, module.embedding_dim, scheme, scale=scale)
+        if isinstance(module, nn.Linear):
+            bias = module.bias is not None
+            return QLinear(module.in_features, module.out_features, scheme, bias=bias, activation_bits=activation_bits)
+    raise ValueError(f"{name}: a {type(module).__name__} cannot be quantized; only linears and embeddings can")
+
+
+def _expected(model: nn.Module, schemes: dict[str, QuantScheme]) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+    """Shape and dtype of every tensor the checkpoint must hold for ``model``."""
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
+    for name, scheme in schemes.items():
+        matrix = model.get_submodule(name)
+        assert isinstance(matrix, QuantizedMatrix)
+        for key, value in matrix_layout(matrix.n, matrix.k, scheme).items():
+            expected[f"{name}.{key}"] = value
+    return expected
+
+
+def register() -> None:
+    """Make ``quant_method: "llmq"`` known to transformers. Safe to call again."""
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(LlmqConfig)
+        register_quantizer(QUANT_METHOD)(LlmqQuantizer)
