@@ -36,7 +36,10 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class Tail:
-    """A submodule whose output is that of its last linear; ``extras`` values (None) follow the output in its tuple."""
+    """A submodule whose output is that of its last linear; ``extras`` values follow the output in its tuple.
+
+    Nobody reads them while calibrating (they are attention weights, for users who ask), so None stands in for them.
+    """
 
     submodule: str
     extras: int | None
@@ -167,6 +170,11 @@ class BlockRunner:
         assert isinstance(result, Tensor)
         return result
 
+    def answered(self, tail: Tail, output: Tensor) -> Tensor:
+        """The block's output for window 0 when the tail's submodule answers with ``output``."""
+        with answering(self.block.get_submodule(tail.submodule), lambda *_args, **_kwargs: tail.answer(output)):
+            return self.run(0)
+
     @torch.no_grad()
     def observe(self, group: Sequence[str]) -> InputStats:
         """Input statistics of a group of linears that share their input, up to which the block is run."""
@@ -229,7 +237,11 @@ class BlockRunner:
 
 @torch.no_grad()
 def verified_tails(runner: BlockRunner, family: ModelFamily) -> dict[str, Tail]:
-    """The family's tails for which "the submodule's output is this linear's output" holds on the first window."""
+    """The family's tails that hold on the first window.
+
+    That is: the submodule's output is the linear's output, and the block gives the same result when the submodule answers
+    from memory.
+    """
     seen: dict[str, Any] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -238,11 +250,12 @@ def verified_tails(runner: BlockRunner, family: ModelFamily) -> dict[str, Tail]:
     with ExitStack() as stack:
         for name in {*family.tails, *family.tails.values()}:
             stack.callback(runner.block.get_submodule(name).register_forward_hook(keep(name)).remove)
-        runner.run(0)
+        whole = runner.run(0)
     tails = {}
     for linear, submodule in family.tails.items():
         output = seen[submodule]
         first, *rest = output if isinstance(output, tuple) else (output,)
-        if all(r is None for r in rest) and torch.equal(first, seen[linear]):
-            tails[linear] = Tail(submodule, len(rest) if isinstance(output, tuple) else None)
+        tail = Tail(submodule, len(rest) if isinstance(output, tuple) else None)
+        if torch.equal(first, seen[linear]) and torch.equal(runner.answered(tail, first), whole):
+            tails[linear] = tail
     return tails

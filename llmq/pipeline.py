@@ -18,7 +18,7 @@ from llmq.models.load import SourceModel, materialize, open_model
 from llmq.models.resolve import resolve
 from llmq.plan import Matrix, Plan, kept_dtype, make_plan
 from llmq.qtensor import QTensor
-from llmq.report import Log, block_line, build_report, model_card, plan_table, silent, summary, versions
+from llmq.report import Log, block_line, build_report, duration, model_card, plan_table, silent, summary, versions
 from llmq.solvers import METHODS, SOLVERS, Method, SolverOptions, rtn
 from llmq.solvers.awq import transform_block
 from llmq.solvers.hessian import InputStats, relative_error
@@ -169,7 +169,17 @@ def _calibration(job: _Job, calib: CalibConfig) -> calibration.CalibrationSet | 
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(job.source.folder, dtype=torch.float32)
-        return calibration.sample_from_model(model, job.source.tokenizer, n_samples, seqlen, seed)
+        began, said = time.perf_counter(), 0.0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal said
+            elapsed = time.perf_counter() - began
+            if elapsed - said > 15 or done == total:
+                said = elapsed
+                left = elapsed / done * (total - done)
+                job.log(f"  sampled {done} of {total} tokens  {done / elapsed:.0f} tokens/s  left {duration(left)}")
+
+        return calibration.sample_from_model(model, job.source.tokenizer, n_samples, seqlen, seed, progress)
 
     texts = calibration.load(calib, job.source.tokenizer, sampler=sampler, log=job.log)
     job.log(

@@ -54,7 +54,7 @@ def test_gptq_makes_the_codes_of_the_naive_solver(scheme, act_order, monkeypatch
     W, stats = correlated()
     H = stats.hessian("x")
     cfg = GPTQConfig(act_order=act_order)
-    t, report = gptq.solve(W, H, stats.n_tokens, scheme, cfg)
+    t, report = gptq.solve(W, gptq.prepare(H, stats.n_tokens, cfg), scheme, cfg)
     scale, zero = search_grid(W, H, scheme, cfg.grid_steps)
     order = torch.argsort(H.diagonal(), descending=True) if act_order else torch.arange(K)
     want = naive_gptq(W, H, scale, zero, scheme, cfg.percdamp, order)
@@ -84,7 +84,8 @@ def test_gptq_beats_rtn_clearly_on_correlated_inputs():
     H = stats.hessian("x")
     scheme = QuantScheme(4, 32)
     plain = relative_error(W, rtn.solve(W, scheme).dequantize(), H)
-    solved, _ = gptq.solve(W, H, stats.n_tokens, scheme, GPTQConfig())
+    cfg = GPTQConfig()
+    solved, _ = gptq.solve(W, gptq.prepare(H, stats.n_tokens, cfg), scheme, cfg)
     assert relative_error(W, solved.dequantize(), H) < 0.6 * plain
 
 
@@ -103,7 +104,8 @@ def test_grid_search_is_never_worse_than_minmax(scheme):
         assert found.sum() < 0.97 * plain.sum()
 
 
-def test_hessian_is_the_mean_outer_product():
+def test_hessian_is_the_mean_outer_product(monkeypatch):
+    monkeypatch.setattr("llmq.solvers.hessian.TILE", 32)  # so that 100 columns make four tiles, the last one ragged
     g = torch.Generator().manual_seed(0)
     X = torch.randn(3, 50, K, generator=g)
     stats = InputStats(K)
@@ -146,7 +148,8 @@ def test_dead_columns(tokens, zeroed):
     stats = InputStats(K)
     stats.add(X)
     assert dead_columns(stats.hessian("x")).nonzero().flatten().tolist() == [3, 70]
-    t, report = gptq.solve(W, stats.hessian("x"), stats.n_tokens, QuantScheme(4, 32), GPTQConfig())
+    cfg = GPTQConfig()
+    t, report = gptq.solve(W, gptq.prepare(stats.hessian("x"), tokens, cfg), QuantScheme(4, 32), cfg)
     assert (report.dead_columns, report.dead_zeroed) == (2, zeroed)
     dead = t.dequantize()[:, [3, 70]]
     if zeroed:
@@ -162,7 +165,8 @@ def test_fewer_tokens_than_inputs():
     assert rho == pytest.approx(K / (K + 30))
     assert torch.allclose(shrunk.diagonal(), H.diagonal(), rtol=1e-15)
     assert torch.linalg.eigvalsh(shrunk).min() > 0
-    t, report = gptq.solve(W, H, 30, QuantScheme(4, 32), GPTQConfig())
+    cfg = GPTQConfig()
+    t, report = gptq.solve(W, gptq.prepare(H, 30, cfg), QuantScheme(4, 32), cfg)
     assert report.shrinkage == rho
     # Against the distribution the 30 tokens came from, not only against them: no worse than rounding.
     _, many = correlated(6, tokens=5000)

@@ -87,7 +87,11 @@ FAMILIES: tuple[ModelFamily, ...] = (
         decoder="model.language_model",
         smooth_pairs=_GEMMA3_PAIRS,
         norm_offset=1.0,
-        key_renames=((r"^language_model\.model\.", "model.language_model."), (r"^language_model\.lm_head\.", "lm_head.")),
+        key_renames=(
+            (r"^language_model\.lm_head\.", "lm_head."),
+            (r"^language_model\.(model\.)?", "model.language_model."),
+            (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+        ),
     ),
 )
 

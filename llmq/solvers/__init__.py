@@ -57,7 +57,9 @@ def _gptq(
     name: str, W: Tensor, stats: InputStats | None, scheme: QuantScheme, options: SolverOptions, may_clip: bool
 ) -> Solved:
     assert stats is not None, "the pipeline gathers statistics for every method that needs them"
-    qtensor, report = gptq.solve(W, stats.hessian(name), stats.n_tokens, scheme, options.gptq)
+    if options.gptq not in stats.memo:
+        stats.memo[options.gptq] = gptq.prepare(stats.hessian(name), stats.n_tokens, options.gptq)
+    qtensor, report = gptq.solve(W, stats.memo[options.gptq], scheme, options.gptq)
     return Solved(qtensor, asdict(report))
 
 

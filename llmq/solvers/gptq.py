@@ -7,6 +7,8 @@ the loop from the original columns ("static groups"), so the order leaves no tra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -33,37 +35,75 @@ class GPTQReport:
     shrinkage: float
 
 
-def solve(W: Tensor, H: Tensor, n_tokens: int, scheme: QuantScheme, cfg: GPTQConfig) -> tuple[QTensor, GPTQReport]:
+@dataclass
+class Prepared:
+    """What one Hessian gives to every linear that shares it.
+
+    Attributes:
+        importance: f32[K, K], the weights of the grid search; dead columns count nothing.
+        dead: bool[K].
+        zero_dead: whether the dead columns' weights are dropped.
+        order: i64[K], columns in solving order.
+        factor: of the damped, shrunk, ordered H.
+        shrinkage: share of the off-diagonal part that was dropped for want of tokens.
+    """
+
+    importance: Tensor
+    dead: Tensor
+    zero_dead: bool
+    order: Tensor
+    factor: Factor
+    shrinkage: float
+
+
+def prepare(H: Tensor, n_tokens: int, cfg: GPTQConfig) -> Prepared:
+    """Make H f64[K, K] (mean of x x^T over ``n_tokens`` tokens; unchanged) fit for :func:`solve`."""
+    H = H.clone()
+    dead = dead_columns(H)
+    H.diagonal()[dead] = H.diagonal().mean().clamp(min=1e-30)
+    H, rho = shrink_to_diagonal(H, n_tokens)
+    importance = H.float()
+    importance.diagonal()[dead] = 0
+    order = torch.argsort(H.diagonal(), descending=True) if cfg.act_order else torch.arange(H.shape[0])
+    factor = inverse_factor(H[order][:, order], cfg.percdamp)
+    # A channel that ample text never drove is dead for good; after little text it may just be rare: keep its weights.
+    zero_dead = bool(dead.any()) and n_tokens >= 4 * H.shape[0]
+    return Prepared(importance, dead, zero_dead, order, factor, rho)
+
+
+def solve(W: Tensor, prepared: Prepared, scheme: QuantScheme, cfg: GPTQConfig) -> tuple[QTensor, GPTQReport]:
     """Quantize W so that ``tr((W_hat - W) H (W_hat - W)^T)`` is small.
 
     Args:
         W: f32[N, K], unchanged.
-        H: f64[K, K], mean of x x^T; unchanged.
-        n_tokens: tokens behind H. With fewer than K, H is shrunk towards its diagonal.
+        prepared: from :func:`prepare`.
         scheme: the grid.
-        cfg: damping, order, grid search.
+        cfg: grid search.
 
     Returns:
         The quantized matrix, and what had to be done to get it.
     """
     W = W.float().clone()
-    H = H.clone()
-    dead = dead_columns(H)
-    # A channel that ample text never drove is dead for good; after little text it may just be rare: keep its weights.
-    zeroed = bool(dead.any()) and n_tokens >= 4 * H.shape[0]
-    if zeroed:
-        W[:, dead] = 0
-    H.diagonal()[dead] = H.diagonal().mean().clamp(min=1e-30)
-    H, rho = shrink_to_diagonal(H, n_tokens)
-    importance = H.clone()
-    importance.diagonal()[dead] = 0
-
-    scale, zero = search_grid(W, importance, scheme, cfg.grid_steps)
-    order = torch.argsort(H.diagonal(), descending=True) if cfg.act_order else torch.arange(H.shape[0])
-    factor = inverse_factor(H[order][:, order], cfg.percdamp)
-    codes = _round_with_feedback(W, factor, order, scale, zero, scheme)
-    report = GPTQReport(factor.percdamp, factor.tries, factor.clipped, int(dead.sum()), zeroed, rho)
+    if prepared.zero_dead:
+        W[:, prepared.dead] = 0
+    scale, zero = search_grid(W, prepared.importance, scheme, cfg.grid_steps)
+    codes = _round_with_feedback(W, prepared.factor, prepared.order, scale, zero, scheme)
+    factor = prepared.factor
+    report = GPTQReport(
+        factor.percdamp, factor.tries, factor.clipped, int(prepared.dead.sum()), prepared.zero_dead, prepared.shrinkage
+    )
     return from_codes(codes, scale, zero, scheme), report
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread: the panel loop is thousands of tiny operations, where waiting for others only costs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _round_with_feedback(
@@ -80,13 +120,14 @@ def _round_with_feedback(
     for i1 in range(0, K, BLOCK):
         i2 = min(i1 + BLOCK, K)
         Err = torch.empty(i2 - i1, Wt.shape[1])  # [block, N], errors over their diagonal
-        for i in range(i1, i2):
-            w, s, z = Wt[i], St[i], Zt[i]
-            q = round_to_grid(w, s, z, scheme.levels)
-            Q[i] = q
-            e = (w - (q - z) * s) / U[i, i]
-            Wt[i + 1 : i2].addr_(U[i, i + 1 : i2], e, alpha=-1)
-            Err[i - i1] = e
+        with one_thread():
+            for i in range(i1, i2):
+                w, s, z = Wt[i], St[i], Zt[i]
+                q = round_to_grid(w, s, z, scheme.levels)
+                Q[i] = q
+                e = (w - (q - z) * s) / U[i, i]
+                Wt[i + 1 : i2].addr_(U[i, i + 1 : i2], e, alpha=-1)
+                Err[i - i1] = e
         Wt[i2:].addmm_(U[i1:i2, i2:].T, Err, alpha=-1)
     codes = torch.empty_like(Q)
     codes[order] = Q

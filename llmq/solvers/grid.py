@@ -45,11 +45,11 @@ def search_grid(W: Tensor, H: Tensor, scheme: QuantScheme, steps: int) -> tuple[
     return torch.stack(scales, 1), torch.stack(zeros, 1)
 
 
-def _error(w: Tensor, scale: Tensor, zero: Tensor, levels: int, Hg: Tensor) -> tuple[Tensor, Tensor]:
-    """(error f32[n], codes f32[n, g]) of rounding ``w`` f32[n, g] to grids given per row."""
-    codes = round_to_grid(w, scale[:, None], zero[:, None], levels)
-    d = (codes - zero[:, None]) * scale[:, None] - w
-    return ((d @ Hg) * d).sum(1), codes
+def _error(w: Tensor, scale: Tensor, zero: Tensor, levels: int, Hg: Tensor) -> Tensor:
+    """Error f32[n] under Hg of rounding ``w`` f32[n, g] to grids given per row."""
+    s, z = scale[:, None], zero[:, None]
+    d = round_to_grid(w, s, z, levels).sub_(z).mul_(s).sub_(w)
+    return (d @ Hg).mul_(d).sum(1)
 
 
 def _search_group(w: Tensor, Hg: Tensor, scheme: QuantScheme, steps: int) -> tuple[Tensor, Tensor]:
@@ -57,12 +57,13 @@ def _search_group(w: Tensor, Hg: Tensor, scheme: QuantScheme, steps: int) -> tup
     levels = scheme.levels
     lo, hi = torch.aminmax(w, dim=1)
     best_scale, best_zero = range_grid(lo, hi, scheme)
-    best, _ = _error(w, best_scale, best_zero, levels, Hg)
+    best = _error(w, best_scale, best_zero, levels, Hg)
 
     def keep_better(scale: Tensor, zero: Tensor) -> None:
-        error, _ = _error(w, scale, zero, levels, Hg)
+        error = _error(w, scale, zero, levels, Hg)
         won = error < best
-        best[won], best_scale[won], best_zero[won] = error[won], scale[won], zero[won]
+        for kept, new in ((best, error), (best_scale, scale), (best_zero, zero)):
+            torch.where(won, new, kept, out=kept)
 
     for i in range(steps):
         share = 1.0 - (1.0 - MIN_RANGE) * i / steps

@@ -7,12 +7,15 @@ weights is ``tr(D H D^T)`` with ``H = X^T X / T`` [K, K]. Normalising by tokens 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 # A channel whose mean square is below this share of the average one has not been seen by the calibration text.
 DEAD_SHARE = 1e-10
+# Columns of a tile of H. Half of the products of a large layer are saved, and the tiles stay large enough to be fast.
+TILE = 512
 # Damping tries: percdamp, then ten times more, up to this share of the mean diagonal; then eigenvalues are clipped.
 MAX_DAMP = 10.0
 
@@ -27,6 +30,7 @@ class InputStats:
         abs_sum: f64[K], the sum of |x|.
         n_tokens: tokens taken.
         n_dropped: tokens left out because they were not finite.
+        memo: what solvers derive from H once for all linears that share it (a factor, say), by their own keys.
     """
 
     def __init__(self, in_features: int) -> None:
@@ -34,6 +38,7 @@ class InputStats:
         self.abs_sum = torch.zeros(in_features, dtype=torch.float64)
         self.n_tokens = 0
         self.n_dropped = 0
+        self.memo: dict[Any, Any] = {}
 
     def add(self, x: Tensor) -> None:
         """Take inputs x f32[..., K]; every leading dimension counts tokens."""
@@ -44,9 +49,19 @@ class InputStats:
             self.n_dropped += int((~good).sum())
             x = x[good]
         for block in x.split(4096):
-            self.H += (block.T @ block).double()
+            self._add_products(block)
         self.abs_sum += x.abs().sum(0).double()
         self.n_tokens += x.shape[0]
+
+    def _add_products(self, x: Tensor) -> None:
+        """H += x^T x for finite x f32[t, K]. Only tiles on and above the diagonal are multiplied; the rest is mirrored."""
+        k = x.shape[1]
+        tiles = [slice(a, min(a + TILE, k)) for a in range(0, k, TILE)]
+        for i, rows in enumerate(tiles):
+            strip = x[:, rows].T @ x[:, rows.start :]
+            self.H[rows, rows.start :] += strip.double()
+            for columns in tiles[i + 1 :]:
+                self.H[columns, rows] = self.H[rows, columns].T
 
     def hessian(self, name: str) -> Tensor:
         """Mean of x x^T, f64[K, K].

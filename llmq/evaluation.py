@@ -1,0 +1,383 @@
+"""Perplexity, KL divergence and top-1 agreement of any Hugging Face causal language model.
+
+The protocol is GPTQ's (Frantar et al. 2022, arXiv 2210.17323, section 4): tokenize the text once, cut it into windows
+that do not overlap, drop the tail, and average the negative log-likelihood of every token but a window's first. One
+thing is added: where the tokenizer begins a text with BOS, so does every window (Gemma's figures mean nothing without).
+
+A model and a reference are scored on the same chunk of the same window, so their differences are paired.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from llmq.calibration import text_of
+from llmq.config import one_of, option
+from llmq.models.resolve import resolve
+from llmq.score import Score
+
+BOS_MODES = ("auto", "each", "first", "none")
+BOS_TEXT = {
+    "each": "BOS and the next {n} tokens",
+    "first": "{seqlen} tokens (BOS only before the first token of the text)",
+    "none": "{seqlen} tokens (no BOS)",
+}
+_CHUNK_LOGITS = 1 << 25  # logits held at once: 128 MB in fp32 for each model and each temporary
+_PROBE_TOKENS = 32  # tokens on which the short way to the logits is compared with the model's own
+
+Log = Callable[[str], None]
+Progress = Callable[[int, int, float], None]  # windows done, windows in all, perplexity so far
+
+
+@dataclass(frozen=True)
+class EvalProtocol:
+    """How a text becomes the windows that are scored. Raises ValueError for values that score nothing."""
+
+    seqlen: int = option(2048, "tokens a window")
+    max_windows: int | None = option(None, "score the first N windows only (default: all)")
+    bos: str = option("auto", "BOS in each window, before the first only, or none; auto: as the tokenizer")
+
+    def __post_init__(self) -> None:
+        if self.seqlen < 8:
+            raise ValueError(f"seqlen is {self.seqlen}; a window needs at least 8 tokens (usual: 2048)")
+        if self.max_windows is not None and self.max_windows < 1:
+            raise ValueError(f"max-windows is {self.max_windows}; score at least 1 (without it: all)")
+        one_of("bos", self.bos, BOS_MODES)
+
+    def describe(self, count: int) -> str:
+        """The protocol in words, for ``count`` windows; ``bos`` must be resolved."""
+        content = BOS_TEXT[self.bos].format(n=self.seqlen - 1, seqlen=self.seqlen)
+        which = "all" if self.max_windows is None else "first"
+        return f"{which} {count} windows of {content}, not overlapping, tail dropped; first tokens not scored"
+
+
+def resolve_bos(tokenizer: Any, bos: str) -> str:
+    """``each``, ``first`` or ``none`` for ``bos``; ``auto`` is ``each`` if the tokenizer begins a text with BOS.
+
+    Raises ValueError if BOS is wanted and the tokenizer has none.
+    """
+    one_of("bos", bos, BOS_MODES)
+    bos_id = tokenizer.bos_token_id
+    if bos == "auto":
+        return "each" if bos_id is not None and tokenizer("x")["input_ids"][:1] == [bos_id] else "none"
+    if bos != "none" and bos_id is None:
+        raise ValueError(f"bos is {bos!r} but the tokenizer has no BOS token; use --bos none (or auto)")
+    return bos
+
+
+def windows(text: str, tokenizer: Any, protocol: EvalProtocol) -> Tensor:
+    """Windows of ``text``, i64[W, seqlen]. Raises ValueError if the text does not fill one window."""
+    bos = resolve_bos(tokenizer, protocol.bos)
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if bos == "first":
+        ids = [tokenizer.bos_token_id, *ids]
+    width = protocol.seqlen - (bos == "each")
+    count = len(ids) // width
+    if count == 0:
+        raise ValueError(f"the text has {len(ids)} tokens, a window needs {width}: use more text or a smaller seqlen")
+    count = min(count, protocol.max_windows or count)
+    tokens = torch.tensor(ids[: count * width], dtype=torch.int64).view(count, width)
+    if bos == "each":
+        tokens = torch.cat([torch.full((count, 1), tokenizer.bos_token_id), tokens], dim=1)
+    return tokens
+
+
+def scored_bytes(tokens: Tensor, tokenizer: Any) -> int:
+    """UTF-8 bytes of the scored text of ``tokens`` i64[W, seqlen]: everything but each window's first token.
+
+    A character cut by a window's end counts up to 3 bytes too many.
+    """
+    texts = (tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in tokens[:, 1:].tolist())
+    return sum(len(t.encode()) for t in texts)
+
+
+class _Logits:
+    """The logits of one window in chunks of tokens, so that [seqlen, vocabulary] is never held.
+
+    ``states(ids)`` runs the decoder once; ``logits(states[a:b])`` applies head and soft cap. If that does not reproduce
+    the model's own logits on the first tokens (some models scale theirs further), the full forward is used instead.
+    """
+
+    def __init__(self, model: Any, probe: Tensor) -> None:
+        self.model = model
+        self.head: nn.Module | None = model.get_output_embeddings()
+        self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        self.decoder: Any = model.get_decoder()
+        self.note = self._verify(probe)
+
+    def _verify(self, probe: Tensor) -> str:
+        """Compare both ways on ``probe`` i64[t]; switch to the full forward where they differ. Returns a note or ''."""
+        own = self.model(input_ids=probe[None], use_cache=False).logits[0]
+        self.vocab = own.shape[-1]
+        why = "it has no output head of its own"
+        if self.head is not None and self.decoder is not self.model:
+            difference = float((self.logits(self.states(probe)) - own.float()).abs().max())
+            # Same operations on the same shapes: only the rounding of the model's own type may differ.
+            limit = max(1e-5, 4 * torch.finfo(own.dtype).eps) * float(own.abs().max())
+            if difference <= limit:
+                return ""
+            why = f"decoder and head give logits that differ by {difference:.2g} (limit {limit:.2g})"
+        self.head = None
+        return f"{type(self.model).__name__}: full logits of a window are held, because {why}"
+
+    def states(self, ids: Tensor) -> Tensor:
+        """f[T, D] for ids i64[T]: the head's inputs (or the logits themselves where the full forward is used)."""
+        if self.head is None:
+            logits: Tensor = self.model(input_ids=ids[None], use_cache=False).logits[0]
+            return logits
+        hidden: Tensor = self.decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        return hidden
+
+    def logits(self, states: Tensor) -> Tensor:
+        """f32[t, V] logits of ``states`` [t, D]."""
+        if self.head is None:
+            return states.float()
+        out: Tensor = self.head(states)
+        if self.softcap is not None:
+            out = torch.tanh(out / self.softcap) * self.softcap
+        return out.float()
+
+
+def _token_costs(sides: list[_Logits], ids: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Chunks of (nll,) or, with a reference as second side, (nll, reference nll, kl, agree): f64[t] each.
+
+    Log-softmax is taken in fp32 (its error, about 1e-6 nats, is far below any figure shown), sums in fp64.
+    """
+    states = [side.states(ids)[:-1] for side in sides]
+    step = max(1, _CHUNK_LOGITS // sides[0].vocab)
+    for a in range(0, len(ids) - 1, step):
+        target = ids[1:][a : a + step, None]
+        logp = [side.logits(s[a : a + step]).log_softmax(dim=-1) for side, s in zip(sides, states, strict=True)]
+        nll = [-p.gather(-1, target)[:, 0].double() for p in logp]
+        if len(sides) == 1:
+            yield (nll[0],)
+            continue
+        agree = (logp[0].argmax(dim=-1) == logp[1].argmax(dim=-1)).double()
+        weight = logp[1].exp()
+        kl = logp[1].sub_(logp[0]).mul_(weight).sum(dim=-1, dtype=torch.float64)
+        yield nll[0], nll[1], kl, agree
+
+
+@torch.inference_mode()
+def score(model: Any, windows: Tensor, *, reference: Any = None, progress: Progress | None = None) -> Score:
+    """Score ``windows`` i64[W, seqlen]; with a ``reference`` also KL(reference || model) and top-1 agreement.
+
+    Raises ValueError if the vocabularies differ or a model's likelihoods are not finite.
+    """
+    models = [model] if reference is None else [model, reference]
+    sides = [_Logits(m.eval(), windows[0, :_PROBE_TOKENS]) for m in models]
+    if sides[0].vocab != sides[-1].vocab:
+        raise ValueError(
+            f"the model has {sides[0].vocab} logits and the reference {sides[1].vocab}; "
+            "KL needs one vocabulary: use the model it was made from as the reference"
+        )
+    rows: list[tuple[Tensor, ...]] = []
+    for i, ids in enumerate(windows):
+        rows.append(tuple(map(torch.cat, zip(*_token_costs(sides, ids), strict=True))))
+        if not all(bool(column.isfinite().all()) for column in rows[-1]):
+            raise ValueError(f"window {i}: a likelihood is not finite; the model overflows or its weights are damaged")
+        if progress:
+            progress(i + 1, len(windows), math.exp(sum(float(r[0].mean()) for r in rows) / len(rows)))
+    names = ("nll", "reference_nll", "token_kl", "token_agree")
+    columns: dict[str, Any] = {k: torch.stack(c) for k, c in zip(names, zip(*rows, strict=True), strict=False)}
+    return Score(**columns, notes=tuple(side.note for side in sides if side.note))
+
+
+def check_fits(config: Any, tokens: Tensor) -> None:
+    """Raise ValueError if windows ``tokens`` exceed the context or the vocabulary of a model with ``config``."""
+    text = config.get_text_config()
+    context = getattr(text, "max_position_embeddings", None)
+    if context is not None and tokens.shape[1] > context:
+        raise ValueError(f"seqlen is {tokens.shape[1]}; the model's context is {context}: use at most that")
+    if int(tokens.max()) >= text.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token {int(tokens.max())} but the model knows {text.vocab_size}; "
+            "tokenizer and model do not belong together"
+        )
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    protocol: EvalProtocol,
+    *,
+    reference: Any = None,
+    progress: Progress | None = None,
+) -> Score:
+    """Score ``model`` on ``text``: windows, checks, likelihoods, bytes. Raises ValueError as its parts do."""
+    protocol = replace(protocol, bos=resolve_bos(tokenizer, protocol.bos))
+    tokens = windows(text, tokenizer, protocol)
+    check_fits(model.config, tokens)
+    result = score(model, tokens, reference=reference, progress=progress)
+    return replace(result, nbytes=scored_bytes(tokens, tokenizer), protocol=protocol.describe(len(tokens)))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that was found but not loaded, so that everything about it can be checked first."""
+
+    spec: str
+    folder: Path
+    config: Any
+    tokenizer: Any
+
+    def load(self) -> Any:
+        """The model in fp32, in evaluation mode. Raises ValueError if its files are damaged or lack a weight."""
+        # Shapes that disagree are collected as missing weights are, so that the error below names both.
+        options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, **options)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{self.spec}: a safetensors file in {self.folder} is damaged ({error}); get it anew"
+            ) from error
+        model, info = loaded
+        bad = sorted({*info["missing_keys"], *(row[0] for row in info["mismatched_keys"])})
+        if bad:
+            names = ", ".join(bad[:3]) + (" ..." if len(bad) > 3 else "")
+            raise ValueError(
+                f"{self.spec}: {len(bad)} weights are missing from its files or have another shape ({names}); "
+                "they would be random, so it is not scored: the checkpoint is incomplete or needs its own loader"
+            )
+        return model.eval()
+
+
+def find(spec: str, *, log: Log) -> Subject:
+    """Find a folder, .gguf file, alias or hub id; read its config and tokenizer. Raises ValueError if there is none."""
+    folder = resolve(spec, log=log).folder
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return Subject(spec, folder, config, AutoTokenizer.from_pretrained(folder, local_files_only=True))
+
+
+def check_same_vocabulary(model: Subject, reference: Subject, *, text: str, protocol: EvalProtocol) -> None:
+    """Raise ValueError unless both models read ``text`` as the same tokens, of as many; ``bos`` must be resolved."""
+    sizes = [s.config.get_text_config().vocab_size for s in (model, reference)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{model.spec} has a vocabulary of {sizes[0]} and {reference.spec} one of {sizes[1]}; "
+            "KL needs one vocabulary: use the model it was made from as the reference"
+        )
+    if not torch.equal(*(windows(text, s.tokenizer, protocol) for s in (model, reference))):
+        raise ValueError(f"{model.spec} and {reference.spec} read the text as different tokens; KL needs one tokenizer")
+
+
+def load_for_eval(spec: str, *, log: Log = print) -> tuple[Any, Any]:
+    """(model in fp32, tokenizer) of ``spec``: folder, .gguf file, alias or hub id, quantized by anyone or not."""
+    subject = find(spec, log=log)
+    return subject.load(), subject.tokenizer
+
+
+# The commands eval/perplexity.py and eval/kl.py
+
+
+def build_parser(description: str | None, *, require_reference: bool) -> argparse.ArgumentParser:
+    """The options that perplexity.py and kl.py share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    fields = {f.name: f for f in dataclasses.fields(EvalProtocol)}
+    parser.add_argument("--model", required=True, help="folder, .gguf file, alias or hub id")
+    parser.add_argument("--dataset", required=True, metavar="NAME|FILE", help="wikitext2, ptb, c4, or a text file")
+    parser.add_argument("--reference", required=require_reference, help="model to compare with; same forms as --model")
+    parser.add_argument("--seqlen", type=int, default=fields["seqlen"].default, help=fields["seqlen"].metadata["help"])
+    parser.add_argument("--max-windows", type=int, metavar="N", help=fields["max_windows"].metadata["help"])
+    parser.add_argument("--bos", default="auto", choices=BOS_MODES, help=fields["bos"].metadata["help"])
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write every figure to this file")
+    return parser
+
+
+def to_stderr(message: str) -> None:
+    """One line on stderr; stdout holds the result alone."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def progress_line(start: float) -> Progress:
+    """A progress callback: window i of n, perplexity so far, time left."""
+
+    def show(done: int, total: int, perplexity: float) -> None:
+        minutes, seconds = divmod(round((time.monotonic() - start) / done * (total - done)), 60)
+        to_stderr(f"window {done}/{total}  perplexity {perplexity:.3f}  {minutes} min {seconds} s left")
+
+    return show
+
+
+def check_output(path: Path | None) -> None:
+    """Raise ValueError or FileNotFoundError if ``path`` cannot be written; before the long work."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file to write to")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder {path.absolute().parent} does not exist; create it or write elsewhere")
+
+
+def prepare(args: argparse.Namespace) -> tuple[list[Subject], str, EvalProtocol]:
+    """Model (and reference) found, the text, the protocol with BOS resolved: every check that needs no weights."""
+    protocol = EvalProtocol(seqlen=args.seqlen, max_windows=args.max_windows, bos=args.bos)
+    check_output(args.json)
+    text = text_of(args.dataset)
+    subjects = [find(spec, log=to_stderr) for spec in (args.model, args.reference) if spec]
+    protocol = replace(protocol, bos=resolve_bos(subjects[0].tokenizer, protocol.bos))
+    tokens = windows(text, subjects[0].tokenizer, protocol)
+    for subject in subjects:
+        check_fits(subject.config, tokens)
+    if len(subjects) == 2:
+        check_same_vocabulary(*subjects, text=text, protocol=protocol)
+    to_stderr(f"{protocol.describe(len(tokens))}; BOS id {subjects[0].tokenizer.bos_token_id}; fp32")
+    return subjects, text, protocol
+
+
+def run(args: argparse.Namespace) -> Score:
+    """Check, load, score; print the table and write the JSON file."""
+    subjects, text, protocol = prepare(args)
+    models = [subject.load() for subject in subjects]
+    start = time.monotonic()
+    result = evaluate(
+        models[0],
+        subjects[0].tokenizer,
+        text,
+        protocol,
+        reference=models[1] if len(models) == 2 else None,
+        progress=progress_line(start),
+    )
+    print(result.table())
+    if args.json:
+        origin: dict[str, Any] = {"model": args.model, "reference": args.reference, "dataset": args.dataset}
+        origin["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        origin["seconds"] = round(time.monotonic() - start, 1)
+        origin["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}
+        origin["machine"] = f"{platform.machine()}, {torch.get_num_threads()} threads"
+        args.json.write_text(json.dumps(origin | result.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    return result
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """Run ``work``; 0, or 2 with the reason on stderr when the input was wrong."""
+    try:
+        work()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        to_stderr(f"error: {error}")
+        return 2
+    return 0
+
+
+def main(argv: Sequence[str] | None = None, *, require_reference: bool = False, description: str | None = None) -> int:
+    """Score a model as the options in ``argv`` say. Returns the exit code: 0, or 2 for bad input."""
+    args = build_parser(description, require_reference=require_reference).parse_args(argv)
+    return exit_code(lambda: run(args))

@@ -1,0 +1,41 @@
+"""What the kernel tests share: random quantized matrices and an exact comparison."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from llmq.config import QuantScheme
+from llmq.qtensor import QTensor
+
+
+def seeded(*key: object) -> torch.Generator:
+    """The same numbers for the same case in every run."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+
+
+def random_qtensor(n: int, k: int, scheme: QuantScheme) -> QTensor:
+    g = seeded(n, k, scheme)
+    groups = scheme.n_groups(k)
+    q = torch.randint(0, scheme.levels, (n, k), generator=g, dtype=torch.uint8)
+    sign = torch.where(torch.rand(n, groups, generator=g) < 0.5, -1.0, 1.0)
+    scale = (sign * (0.5 + torch.rand(n, groups, generator=g)) / 64).half()
+    zero = torch.randint(0, scheme.levels, (n, groups), generator=g, dtype=torch.uint8)
+    return QTensor(q, scale, None if scheme.sym else zero, scheme)
+
+
+def integer_qtensor(q: Tensor, zero: int, scheme: QuantScheme) -> QTensor:
+    """Scale 1, one zero point everywhere: W holds whole numbers."""
+    shape = (q.shape[0], scheme.n_groups(q.shape[1]))
+    return QTensor(q, torch.ones(shape, dtype=torch.float16), torch.full(shape, zero, dtype=torch.uint8), scheme)
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Equal bits, NaN included; the message says where they differ first."""
+    different = (actual != expected) & ~(actual.isnan() & expected.isnan())
+    if actual.shape != expected.shape or different.any():
+        at = tuple(different.nonzero()[0].tolist()) if actual.shape == expected.shape else ()
+        detail = f"at {at}: {actual[at]} instead of {expected[at]}" if at else f"{actual.shape} != {expected.shape}"
+        raise AssertionError(f"{int(different.sum()) if at else 'all'} values differ, first {detail}")

@@ -1,0 +1,102 @@
+"""The command as a user types it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from llmq.config import AWQConfig, CalibConfig, GPTQConfig, QuantScheme
+from llmq.quantize import build_parser, main
+
+QUICK = ["--calib", "stdlib", "--nsamples", "4", "--seqlen", "48", "--group-size", "32"]
+
+
+def test_the_command_works_and_says_what_it_does(tiny_model, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["--model", str(tiny_model("llama")), "--wbits", "4", "--output", str(out), *QUICK]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        *("family llama", "in 16 bit ->", "x smaller", "left as it is: norm or bias", "predicted:", "peak memory"),
+        *("block 1/2", "output error", "tokens/s", "left ", "memory ", "done in", "import llmq", "from_pretrained"),
+    ):
+        assert part in text, part
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == 4
+
+
+def test_synonyms_of_the_field():
+    parse = build_parser().parse_args
+    a = parse(["--model", "m", "--bits", "3", "--groupsize", "64", "--desc_act", "--damp_percent", "0.05", "--dataset", "x"])
+    assert (a.bits, a.group_size, a.act_order, a.percdamp, a.calib) == (3, 64, True, 0.05, "x")
+    b = parse(["--model", "m", "--wbits", "3", "--group_size", "64", "--no-act-order", "--sym"])
+    assert (b.bits, b.group_size, b.act_order, b.sym) == (3, 64, False, True)
+    assert parse(["--model", "m", "--asym"]).sym is False
+
+
+def test_defaults_are_those_of_the_dataclasses():
+    a = vars(build_parser().parse_args(["--model", "m"]))
+    for options in (QuantScheme(), CalibConfig(), GPTQConfig(), AWQConfig()):
+        for name, value in vars(options).items():
+            assert a[name] == value, name
+
+
+def test_help_is_grouped_and_complete():
+    text = build_parser().format_help()
+    for part in (
+        *("what and where to", "method:", "grid of the weights", "calibration text", "GPTQ:", "AWQ:", "afterwards"),
+        *("--model", "--wbits", "--method", "--group-size", "--sym", "--asym", "--act-order", "--no-act-order"),
+        *("--percdamp", "--calib", "--nsamples", "--seqlen", "--seed", "--head-bits", "--output", "--overwrite"),
+        *("--device", "--eval"),
+    ):
+        assert part in text, part
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--wbits", "5"], "bits is 5; known: 2, 3, 4, 8"),
+        (["--group-size", "0"], "group_size is 0; known: -1, 32, 64, 128, 256"),
+        (["--method", "gtpq"], "method is 'gtpq'; known: gptq, awq, awq+gptq, rtn"),
+        (["--calib", "wikitext3"], "wikitext3"),
+        (["--head-bits", "5"], "head_bits is 5; known: 16, 8, 4"),
+        (["--device", "tpu"], "device is 'tpu'; known: cpu"),
+        (["--percdamp", "0"], "percdamp is 0.0"),
+        (["--seqlen", "999999", "--calib", "stdlib"], "999999"),
+        (["--eval", "no-such-file.txt"], "no-such-file.txt: there is no such file"),
+    ],
+)
+def test_bad_input_exits_with_2_before_the_work(tiny_model, tmp_path, capsys, flags, message):
+    out = tmp_path / "out"
+    assert main(["--model", str(tiny_model("llama")), "--output", str(out), *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert message in captured.err
+    assert "block 1/" not in captured.out
+    assert not out.exists()
+
+
+def test_unknown_model_and_existing_output(tiny_model, tmp_path, capsys):
+    assert main(["--model", "gemma-9-1b", "--output", str(tmp_path / "out")]) == 2
+    assert "gemma-9-1b" in capsys.readouterr().err
+    out = tmp_path / "exists"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    assert main(["--model", str(tiny_model("llama")), "--output", str(out), *QUICK]) == 2
+    assert "use --overwrite" in capsys.readouterr().err
+    assert (out / "config.json").read_text() == "{}"
+
+
+def test_as_a_module_and_wrong_isa():
+    run = subprocess.run([sys.executable, "-m", "llmq.quantize", "--wbits", "4"], capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "--model" in run.stderr
+
+
+def test_eval_prints_perplexity_before_and_after(tiny_model, tmp_path, capfd):
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    flags = ["--eval", str(text), "--eval-seqlen", "32", "--eval-windows", "2", "--output", str(tmp_path / "out")]
+    assert main(["--model", str(tiny_model("llama")), *QUICK, *flags]) == 0
+    out = capfd.readouterr().out
+    assert out.count("perplexity") >= 2
+    assert "windows" in out
