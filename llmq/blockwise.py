@@ -239,8 +239,8 @@ class BlockRunner:
 def verified_tails(runner: BlockRunner, family: ModelFamily) -> dict[str, Tail]:
     """The family's tails that hold on the first window.
 
-    That is: the submodule's output is the linear's output, and the block gives the same result when the submodule answers
-    from memory.
+    That is: the submodule's output is the linear's output, and the block gives the same result when the submodule
+    answers from memory.
     """
     seen: dict[str, Any] = {}
 

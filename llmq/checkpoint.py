@@ -89,16 +89,17 @@ def disk_errors(folder: Path) -> Iterator[None]:
             raise
         free = shutil.disk_usage(folder).free
         raise OSError(
-            errno.ENOSPC, f"the disk of {folder} is full ({free / 2**20:.0f} MiB free); nothing was kept: free space or "
-            "choose another --output"
+            errno.ENOSPC,
+            f"the disk of {folder} is full ({free / 2**20:.0f} MiB free); nothing was kept: free space or "
+            "choose another --output",
         ) from e
 
 
 class CheckpointWriter:
     """Writes a folder under a temporary name beside ``folder`` and renames it in :meth:`finish`.
 
-    Use as a context manager: leaving it without ``finish`` (an error, Ctrl-C) removes what was written. A killed process
-    leaves only a folder whose name begins with a dot and that has no config.json.
+    Use as a context manager: leaving it without ``finish`` (an error, Ctrl-C) removes what was written. A killed
+    process leaves only a folder whose name begins with a dot and that has no config.json.
     """
 
     def __init__(self, folder: Path, n_shards: int, *, overwrite: bool, expected_bytes: int = 0) -> None:
@@ -158,8 +159,8 @@ class CheckpointWriter:
         if self.folder.exists():
             assert self.overwrite, "checked in the constructor"
             old = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.old-", dir=self.folder.parent))
-            os.replace(self.folder, old / "folder")
-        os.replace(self.partial, self.folder)
+            self.folder.replace(old / "folder")
+        self.partial.replace(self.folder)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -169,9 +170,13 @@ def check_output(folder: Path, *, overwrite: bool, expected_bytes: int = 0) -> N
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output {folder} exists and is not a folder; choose another --output")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(f"output folder {folder} exists; use --overwrite to replace it or choose another --output")
+        raise FileExistsError(
+            f"output folder {folder} exists; use --overwrite to replace it or choose another --output"
+        )
     if folder.exists() and overwrite and any(folder.iterdir()) and not (folder / "config.json").exists():
-        raise FileExistsError(f"output folder {folder} holds files but no config.json: it is no model, so it is not replaced")
+        raise FileExistsError(
+            f"output folder {folder} holds files but no config.json: it is no model, so it is not replaced"
+        )
     parent = folder.parent
     while not parent.exists():
         parent = parent.parent
@@ -259,7 +264,9 @@ def check_files(
                     part = f.get_slice(name)
                     _check_tensor(f"{where}: {name} in {Path(file).name}", part, expected.get(name))
         except (SafetensorError, OSError) as e:
-            raise ValueError(f"{where}: {Path(file).name} cannot be read ({e}); the file is truncated or damaged") from e
+            raise ValueError(
+                f"{where}: {Path(file).name} cannot be read ({e}); the file is truncated or damaged"
+            ) from e
     missing = sorted(set(expected) - found)
     if missing:
         raise ValueError(f"{where}: {len(missing)} tensors are missing, among them {', '.join(missing[:3])}")

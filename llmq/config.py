@@ -1,7 +1,8 @@
 """Options of llmq: frozen dataclasses, each option once.
 
-The command line is built from these fields (their ``help`` metadata is the help text), so an option's name, default, rule
-and description live here and nowhere else. Rules are checked in ``__post_init__`` and name both the value and the way out.
+The command line is built from these fields (their ``help`` metadata is the help text), so an option's name, default,
+rule and description live here and nowhere else. Rules are checked in ``__post_init__`` and name both the value and the
+way out.
 """
 
 from __future__ import annotations
@@ -85,16 +86,22 @@ class QuantScheme:
 class GPTQConfig:
     """GPTQ (Frantar et al. 2022, arXiv 2210.17323) with static groups."""
 
-    percdamp: float = option(0.01, "damping of the Hessian's diagonal, as a share of its mean (first try; escalated x10)")
-    act_order: bool = option(True, "columns in the order of decreasing diag(H); groups stay where they are (static groups)")
+    percdamp: float = option(
+        0.01, "damping of the Hessian's diagonal, as a share of its mean (first try; escalated x10)"
+    )
+    act_order: bool = option(
+        True, "columns in the order of decreasing diag(H); groups stay where they are (static groups)"
+    )
     true_sequential: bool = option(True, "solve q/k/v, o, gate/up, down in turn, each on the inputs the former leave")
-    grid_steps: int = option(40, "shrink factors tried in the Hessian-weighted scale search; 0: plain min-max")
+    grid_steps: int = option(20, "shrink factors tried in the Hessian-weighted scale search; 0: plain min-max")
 
     def __post_init__(self) -> None:
         if not 0 < self.percdamp < 1:
-            raise ValueError(f"percdamp is {self.percdamp}; it is a share of the mean diagonal: 0 < percdamp < 1 (usual: 0.01)")
+            raise ValueError(
+                f"percdamp is {self.percdamp}; it is a share of the mean diagonal: 0 < percdamp < 1 (usual: 0.01)"
+            )
         if not 0 <= self.grid_steps <= 1000:
-            raise ValueError(f"grid_steps is {self.grid_steps}; use 0 (min-max) to 1000 (usual: 40)")
+            raise ValueError(f"grid_steps is {self.grid_steps}; use 0 (min-max) to 1000 (usual: 20)")
 
 
 @dataclass(frozen=True)

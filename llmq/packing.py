@@ -1,8 +1,8 @@
 """Exact bit packing: unsigned codes of any width 1..8 in a dense little-endian bit stream.
 
-Law: a row of E codes of B bits takes ``ceil(E * B / 8)`` bytes; code i occupies bits ``i*B .. i*B + B - 1`` of the row's
-stream, bit j of the stream being bit ``j % 8`` of byte ``j // 8``; the spare bits of the last byte are zero. Read as
-little-endian int32 words this is also the GPTQ order for 2, 3, 4 and 8 bits.
+Law: a row of E codes of B bits takes ``ceil(E * B / 8)`` bytes; code i occupies bits ``i*B .. i*B + B - 1`` of the
+row's stream, bit j of the stream being bit ``j % 8`` of byte ``j // 8``; the spare bits of the last byte are zero.
+Read as little-endian int32 words this is also the GPTQ order for 2, 3, 4 and 8 bits.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from llmq.models.resolve import resolve
 from llmq.plan import Matrix, Plan, kept_dtype, make_plan
 from llmq.qtensor import QTensor
 from llmq.report import Log, block_line, build_report, duration, model_card, plan_table, silent, summary, versions
-from llmq.solvers import METHODS, SOLVERS, Method, SolverOptions, rtn
+from llmq.solvers import METHODS, SOLVERS, Method, Problem, SolverOptions, rtn
 from llmq.solvers.awq import transform_block
 from llmq.solvers.hessian import InputStats, relative_error
 from llmq.verify import check_folder
@@ -200,7 +200,10 @@ class Probe:
 
 def _quantize_blocks(job: _Job, writer: CheckpointWriter, tokens: Tensor | None) -> Probe | None:
     """Solve and write every block; returns the probe for the final check (None without calibration text)."""
-    source, hidden, calls, tails = job.source, [], [], None
+    source = job.source
+    hidden: list[Tensor] = []
+    calls: list[BlockCall] = []
+    tails: dict[str, Tail] | None = None
     names = source.block_names
     probe = None
     if tokens is not None:
@@ -270,16 +273,14 @@ def _quantize_block(
     return tensors, errors
 
 
-def _solve(
-    job: _Job, full: str, name: str, weight: nn.Parameter, stats: InputStats | None
-) -> tuple[QTensor, dict[str, Any]]:
+def _solve(job: _Job, full: str, name: str, weight: Tensor, stats: InputStats | None) -> tuple[QTensor, dict[str, Any]]:
     """Solve one linear, put the dequantized weights in its place, and add its line to the report."""
     began = time.perf_counter()
     W = weight.detach().clone()
     if not torch.isfinite(W).all():
         raise ValueError(f"{full}.weight holds NaN or infinity in {job.source.folder}; the model is damaged")
     may_clip = name not in job.source.family.no_clip
-    solved = SOLVERS[job.method.solver](full, W, stats, job.scheme, job.options, may_clip)
+    solved = SOLVERS[job.method.solver](Problem(full, W, stats, job.scheme, may_clip), job.options)
     W_hat = solved.qtensor.dequantize()
     row: dict[str, Any] = {"name": full, "shape": list(W.shape), "scheme": str(job.scheme), "bits": job.scheme.bits}
     row |= {"group_size": job.scheme.group_size, "solver": job.method.solver, "error": None, "error_rtn": None}
@@ -306,13 +307,15 @@ def _outside_blocks(job: _Job) -> dict[str, Tensor]:
     for kept in job.plan.kept:
         if not any(kept.name.startswith(block + ".") for block in job.source.block_names):
             tensors[kept.name] = reader.tensor(kept.name).to(kept.dtype)
-    persistent = job.source.model.state_dict().keys() - dict(job.source.model.named_parameters(remove_duplicate=False)).keys()
+    persistent = (
+        job.source.model.state_dict().keys() - dict(job.source.model.named_parameters(remove_duplicate=False)).keys()
+    )
     tensors.update({name: reader.tensor(name) for name in persistent if name in reader})
     return tensors
 
 
 def _quantize_table(job: _Job, matrix: Matrix) -> QTensor:
-    """An embedding or head, rounded to nearest chunk by chunk; below 8 bits each group's range is clipped to its best."""
+    """An embedding or head, rounded to nearest chunk by chunk; below 8 bits each group's range is clipped."""
     codes, scales, zeros = [], [], []
     grid_steps = TABLE_GRID_STEPS if matrix.scheme.bits < 8 else 0
     identity = torch.eye(matrix.k) if grid_steps else None

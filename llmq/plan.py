@@ -103,7 +103,7 @@ def table_scheme(scheme: QuantScheme, head_bits: int) -> QuantScheme:
 
 
 def kept_dtype(stored: torch.dtype, dims: int) -> torch.dtype:
-    """Vectors stay in fp32 (they are tiny and AWQ may fold scales into them); matrices in their own 16 bits, or bf16."""
+    """Vectors stay in fp32 (they are tiny, AWQ may fold scales into them); matrices in their own 16 bits, or bf16."""
     if dims < 2:
         return torch.float32
     return stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16

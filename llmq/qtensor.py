@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmq.config import QuantScheme
 
-# Scales are stored in fp16. Below its normal range a scale would lose digits, so groups that small use this one instead.
+# Scales are stored in fp16. Below its normal range a scale would lose digits: groups that small use this one.
 MIN_SCALE = 2.0**-14
 MAX_SCALE = 65504.0
 
@@ -39,9 +39,13 @@ class QTensor:
         n, k = self.q.shape
         want = (n, self.scheme.n_groups(k))
         if self.q.dtype != torch.uint8 or self.scale.dtype != torch.float16:
-            raise TypeError(f"codes are {self.q.dtype} and scales {self.scale.dtype}; expected torch.uint8 and torch.float16")
+            raise TypeError(
+                f"codes are {self.q.dtype} and scales {self.scale.dtype}; expected torch.uint8 and torch.float16"
+            )
         if tuple(self.scale.shape) != want:
-            raise ValueError(f"scale has shape {tuple(self.scale.shape)}; a {n} x {k} matrix in {self.scheme} needs {want}")
+            raise ValueError(
+                f"scale has shape {tuple(self.scale.shape)}; a {n} x {k} matrix in {self.scheme} needs {want}"
+            )
         if (self.zero is None) != self.scheme.sym:
             raise ValueError(f"scheme {self.scheme} {'has no' if self.scheme.sym else 'needs a'} zero point per group")
         if self.zero is not None and (tuple(self.zero.shape) != want or self.zero.dtype != torch.uint8):
@@ -124,8 +128,8 @@ def from_codes(codes: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme) 
 def minmax_grid(w: Tensor, scheme: QuantScheme) -> tuple[Tensor, Tensor]:
     """Grid that covers each group's range without clipping.
 
-    Asymmetric: the range always holds 0 (so zero stays exact). Symmetric, full range: the value of largest magnitude gets
-    code 0, which may make the scale negative; codes reach ``-mid .. mid-1`` around the zero point.
+    Asymmetric: the range always holds 0 (so zero stays exact). Symmetric, full range: the value of largest magnitude
+    gets code 0, which may make the scale negative; codes reach ``-mid .. mid-1`` around the zero point.
 
     Args:
         w: f32[N, K].

@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The command's parser; options that belong to a dataclass are read from its fields."""
     parser = argparse.ArgumentParser(
         prog="python -m llmq.quantize",
-        description="Quantize a causal language model and write it as a folder that transformers opens after 'import llmq'.",
+        description="Quantize a causal language model; the folder written opens in transformers after 'import llmq'.",
         epilog="Example: python -m llmq.quantize --model gemma-3-1b --wbits 4",
         allow_abbrev=False,
     )
@@ -45,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--device", default="cpu", help="where to compute; known: cpu (default: cpu)")
     how = parser.add_argument_group("method")
     how.add_argument("--method", default="gptq", help="gptq, awq, awq+gptq or rtn (default: gptq)")
-    how.add_argument("--head-bits", "--head_bits", type=int, default=8, help="embedding and head: 16, 8 or 4 (default: 8)")
+    how.add_argument(
+        "--head-bits", "--head_bits", type=int, default=8, help="embedding and head: 16, 8 or 4 (default: 8)"
+    )
     for title, options in GROUPS:
         _add_fields(parser.add_argument_group(title), options)
     after = parser.add_argument_group("afterwards")
@@ -62,7 +64,9 @@ def _add_fields(group: Any, options: type) -> None:
         if f.name == "sym":
             either = group.add_mutually_exclusive_group()
             either.add_argument("--sym", action="store_true", default=default, help=f.metadata["help"])
-            either.add_argument("--asym", dest="sym", action="store_false", default=default, help="grid with a zero point (default)")
+            either.add_argument(
+                "--asym", dest="sym", action="store_false", default=default, help="grid with a zero point (default)"
+            )
         elif isinstance(default, bool):
             text = f"{f.metadata['help']} (default: {'yes' if default else 'no'})"
             group.add_argument(*flags, dest=f.name, action=argparse.BooleanOptionalAction, default=default, help=text)
@@ -70,15 +74,17 @@ def _add_fields(group: Any, options: type) -> None:
             choices = f.metadata.get("choices")
             known = f"; known: {', '.join(map(str, choices))}" if choices else ""
             text = text.replace("%", "%%")[:-1] + known + ")"
-            group.add_argument(*flags, dest=f.name, type=type(default), default=default, metavar=f.name.upper(), help=text)
+            group.add_argument(
+                *flags, dest=f.name, type=type(default), default=default, metavar=f.name.upper(), help=text
+            )
 
 
 def _options(args: argparse.Namespace, options: type) -> Any:
     return options(**{f.name: getattr(args, f.name) for f in dataclasses.fields(options)})
 
 
-def run(args: argparse.Namespace) -> None:
-    """Quantize as ``args`` says, then evaluate if asked. Raises what :func:`llmq.quantize_model` raises."""
+def run(args: argparse.Namespace) -> int:
+    """Quantize as ``args`` says, then evaluate if asked; the exit code. Raises what ``llmq.quantize_model`` raises."""
     scheme, calib = _options(args, QuantScheme), _options(args, CalibConfig)
     gptq, awq = _options(args, GPTQConfig), _options(args, AWQConfig)
     if args.eval is not None and not Path(args.eval).is_file():
@@ -99,30 +105,28 @@ def run(args: argparse.Namespace) -> None:
         device=args.device,
         log=lambda line: print(line, flush=True),  # noqa: T201
     )
-    if args.eval is not None:
-        _evaluate(args, result.folder)
+    return _evaluate(args, result.folder) if args.eval is not None else 0
 
 
-def _evaluate(args: argparse.Namespace, folder: Path) -> None:
+def _evaluate(args: argparse.Namespace, folder: Path) -> int:
     from llmq import evaluation
 
     common = ["--dataset", args.eval, "--seqlen", str(args.eval_seqlen)]
     common += ["--max-windows", str(args.eval_windows)] if args.eval_windows is not None else []
-    evaluation.main(["--model", str(folder), "--reference", args.model, *common], require_reference=True)
+    return evaluation.main(["--model", str(folder), "--reference", args.model, *common], require_reference=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0 when done, 2 on bad input (nothing written), 130 on Ctrl-C."""
     args = build_parser().parse_args(argv)
     try:
-        run(args)
+        return run(args)
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)  # noqa: T201
         return 130
-    return 0
 
 
 if __name__ == "__main__":

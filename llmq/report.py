@@ -1,4 +1,4 @@
-"""What a run says: the table before it, a line a block, the summary after it, and the files that stay with the model."""
+"""What a run says: the table before it, a line a block, the summary after it, the files that stay with the model."""
 
 from __future__ import annotations
 
@@ -181,7 +181,9 @@ def summary(folder: Path, plan: Plan, report: dict[str, Any]) -> str:
         f"{plan.bits_per_weight:.3f} bits a weight, {plan.bits_per_weight_all:.3f} over all",
     ]
     if errors:
-        lines.append(f"mean output error of a linear: {100 * errors[1]:.3f} % (round to nearest: {100 * errors[0]:.3f} %)")
+        lines.append(
+            f"mean output error of a linear: {100 * errors[1]:.3f} % (round to nearest: {100 * errors[0]:.3f} %)"
+        )
     lines += [f"details in {folder / REPORT_NAME}", "", "load it:", *(f"    {line}" for line in load_lines(folder))]
     return "\n".join(lines)
 
@@ -201,8 +203,8 @@ def model_card(plan: Plan, report: dict[str, Any], folder_name: str) -> str:
         f"{report['method']}, {plan.linears[0].scheme}, {plan.bits_per_weight:.3f} bits a weight over the linears, "
         f"{plan.bits_per_weight_all:.3f} over the whole model ({size(plan.bytes_after)}).",
         "",
-        "**`import llmq` before loading.** Without it transformers does not know the format: it warns and returns a model",
-        "with random weights.",
+        "**`import llmq` before loading.** Without it transformers does not know the format: it warns and returns a",
+        "model with random weights.",
         "",
         "```python",
         *load_lines(folder_name),

@@ -19,7 +19,7 @@ TOLERANCE = 1e-3
 
 
 class ProbeLike(Protocol):
-    """What the run knows about the model it made: ids i64[1, t], f32[1, t, hidden] before the first and after the last block."""
+    """What the run knows of its model: ids i64[1, t], f32[1, t, hidden] before the first and after the last block."""
 
     ids: Tensor
     entering: Tensor
@@ -46,18 +46,22 @@ def check_folder(
     for matrix in (*plan.linears, *plan.tables):
         found = read_qtensor(folder, matrix.name, matrix.n, matrix.k, matrix.scheme).digest()
         if found != digests[matrix.name]:
-            raise ValueError(f"{matrix.name}: what was read back differs from what was solved; the folder is not published")
+            raise ValueError(
+                f"{matrix.name}: what was read back differs from what was solved; the folder is not published"
+            )
     model = _load(folder)
     result: dict[str, Any] = {"matrices": len(digests)}
-    ids = probe.ids if probe is not None else torch.arange(min(64, int(model.config.get_text_config().vocab_size)))[None]
+    ids = (
+        probe.ids if probe is not None else torch.arange(min(64, int(model.config.get_text_config().vocab_size)))[None]
+    )
     if probe is not None:
         set_activation_bits(model, 16)
         exact = _leaving(model, block_names, ids, probe.entering)
         difference = float((exact - probe.leaving).norm() / probe.leaving.norm())
         if not difference <= TOLERANCE:
             raise ValueError(
-                f"the written model's hidden states differ from the solved one's by {difference:.2g} (limit {TOLERANCE:g}); "
-                "the folder is not published"
+                f"the written model's hidden states differ from the solved one's by {difference:.2g} "
+                f"(limit {TOLERANCE:g}); the folder is not published"
             )
         set_activation_bits(model, 8)
         result["hidden_difference"] = difference
@@ -77,10 +81,11 @@ def _load(folder: Path) -> Any:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, local_files_only=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, local_files_only=True)
     finally:
         if shown:
             logging.enable_progress_bar()
+    model, info = loaded
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if info.get(kind):
             names = ", ".join(sorted(map(str, info[kind]))[:3])
@@ -100,7 +105,9 @@ def _leaving(model: Any, block_names: list[str], ids: Tensor, entering: Tensor) 
     first, last = model.get_submodule(block_names[0]), model.get_submodule(block_names[-1])
     seen: list[Tensor] = []
 
-    def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def enter(
+        _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
             return (entering, *args[1:]), kwargs
         return (), {**kwargs, next(iter(kwargs)): entering}

@@ -18,7 +18,7 @@ FAMILY_NAMES = [f.name for f in FAMILIES]
 
 @pytest.fixture
 def block_of(tiny_model):
-    """block_of(family) -> (block with weights, runner, stats by linear, family row), on inputs with outlier channels."""
+    """block_of(family) -> (block with weights, runner, stats by linear, family row); inputs have outlier channels."""
     contexts = []
 
     def get(family):

@@ -20,7 +20,8 @@ def hidden_states(folder, tokens):
     names = open_model(folder).block_names
     for i, name in enumerate(names):
         model.get_submodule(name).register_forward_pre_hook(
-            lambda _m, args, kwargs, i=i: seen.update({i: args[0] if args else kwargs["hidden_states"]}), with_kwargs=True
+            lambda _m, args, kwargs, i=i: seen.update({i: args[0] if args else kwargs["hidden_states"]}),
+            with_kwargs=True,
         )
     model.get_submodule(names[-1]).register_forward_hook(
         lambda _m, _a, out: seen.update({len(names): out[0] if isinstance(out, tuple) else out})

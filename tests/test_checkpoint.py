@@ -80,7 +80,7 @@ def test_the_sources_own_card_is_kept(tmp_path):
 
 
 def test_an_error_leaves_nothing(tmp_path):
-    with pytest.raises(RuntimeError, match="boom"), CheckpointWriter(tmp_path / "out", 2, overwrite=False) as writer:
+    with pytest.raises(RuntimeError, match="boom"), CheckpointWriter(tmp_path / "out", 2, overwrite=False) as writer:  # noqa: PT012
         writer.write_shard({"x": torch.ones(3)})
         raise RuntimeError("boom")
     assert list(tmp_path.iterdir()) == []
@@ -130,7 +130,10 @@ def test_full_disk_while_writing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("llmq.checkpoint.save_file", full)
-    with pytest.raises(OSError, match="nothing was kept"), CheckpointWriter(tmp_path / "out", 1, overwrite=False) as writer:
+    with (
+        pytest.raises(OSError, match="nothing was kept"),
+        CheckpointWriter(tmp_path / "out", 1, overwrite=False) as writer,
+    ):
         writer.write_shard({"x": torch.ones(3)})
     assert list(tmp_path.iterdir()) == []
 
@@ -165,7 +168,9 @@ def test_check_files_finds_what_is_wrong(tmp_path):
     files = sorted(folder.glob("*.safetensors"))
     good = {f"a.{key}": value for key, value in matrix_layout(6, 40, SCHEME).items()}
     check_files(files, good, "here")
-    with pytest.raises(ValueError, match=r"a.qweight in .* is U8 \(6, 20\); config.json asks for torch.uint8 \(6, 24\)"):
+    with pytest.raises(
+        ValueError, match=r"a.qweight in .* is U8 \(6, 20\); config.json asks for torch.uint8 \(6, 24\)"
+    ):
         check_files(files, {f"a.{key}": value for key, value in matrix_layout(6, 48, SCHEME).items()}, "here")
     with pytest.raises(ValueError, match="3 tensors are missing, among them b.qweight"):
         check_files(files, {key.replace("a.", "b."): value for key, value in good.items()}, "here")

@@ -28,7 +28,9 @@ def test_round_trip_is_exact(name, scheme, n, k):
 def test_frozen_bytes():
     """The layout of docs/FORMATS.md, byte for byte."""
     q = torch.tensor([[1, 2, 15]], dtype=torch.uint8)
-    t = QTensor(q, torch.tensor([[0.5]], dtype=torch.float16), torch.tensor([[7]], dtype=torch.uint8), QuantScheme(4, 32))
+    t = QTensor(
+        q, torch.tensor([[0.5]], dtype=torch.float16), torch.tensor([[7]], dtype=torch.uint8), QuantScheme(4, 32)
+    )
     tensors = native.pack(t)
     assert tensors["qweight"].tolist() == [[0x21, 0x0F]]
     assert tensors["zeros"].tolist() == [[0x07]]
@@ -38,9 +40,13 @@ def test_frozen_bytes():
 def test_errors_name_tensor_and_both_layouts():
     scheme = QuantScheme(4, 32)
     tensors = native.pack(random_qtensor(4, 40, scheme))
-    with pytest.raises(ValueError, match=r"q_proj: tensor 'zeros' is missing \(a w4g32 matrix has qweight, scales, zeros\)"):
+    with pytest.raises(
+        ValueError, match=r"q_proj: tensor 'zeros' is missing \(a w4g32 matrix has qweight, scales, zeros\)"
+    ):
         native.unpack({k: v for k, v in tensors.items() if k != "zeros"}, 4, 40, scheme, name="q_proj")
-    with pytest.raises(ValueError, match=r"qweight is torch.uint8 \(4, 20\); a 4 x 48 matrix in w4g32 has torch.uint8 \(4, 24\)"):
+    with pytest.raises(
+        ValueError, match=r"qweight is torch.uint8 \(4, 20\); a 4 x 48 matrix in w4g32 has torch.uint8 \(4, 24\)"
+    ):
         native.unpack(tensors, 4, 48, scheme)
     tensors["scales"][0, 0] = float("nan")
     with pytest.raises(ValueError, match="a scale is not finite"):

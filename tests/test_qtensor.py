@@ -23,8 +23,8 @@ def test_minmax_error_is_at_most_half_a_step(scheme, k):
     W = torch.randn(5, k)
     t = quantize(W, *minmax_grid(W, scheme), scheme)
     step = expand_groups(t.scale.float().abs(), k, scheme)
-    # Half a step of rounding. A symmetric grid ends one step short of the opposite extreme, where it clips; fp16 rounding
-    # of the scale moves the ends by levels * 2**-11 of a step.
+    # Half a step of rounding. A symmetric grid ends one step short of the opposite extreme, where it clips; fp16
+    # rounding of the scale moves the ends by levels * 2**-11 of a step.
     limit = (1.0 if scheme.sym else 0.5) + scheme.levels * 2**-11 + 1e-3
     assert ((t.dequantize() - W).abs() <= limit * step).all()
     assert int(t.q.max()) < scheme.levels

@@ -26,7 +26,9 @@ def test_the_command_works_and_says_what_it_does(tiny_model, tmp_path, capsys):
 
 def test_synonyms_of_the_field():
     parse = build_parser().parse_args
-    a = parse(["--model", "m", "--bits", "3", "--groupsize", "64", "--desc_act", "--damp_percent", "0.05", "--dataset", "x"])
+    a = parse(
+        ["--model", "m", "--bits", "3", "--groupsize", "64", "--desc_act", "--damp_percent", "0.05", "--dataset", "x"]
+    )
     assert (a.bits, a.group_size, a.act_order, a.percdamp, a.calib) == (3, 64, True, 0.05, "x")
     b = parse(["--model", "m", "--wbits", "3", "--group_size", "64", "--no-act-order", "--sym"])
     assert (b.bits, b.group_size, b.act_order, b.sym) == (3, 64, False, True)
@@ -87,7 +89,9 @@ def test_unknown_model_and_existing_output(tiny_model, tmp_path, capsys):
 
 
 def test_as_a_module_and_wrong_isa():
-    run = subprocess.run([sys.executable, "-m", "llmq.quantize", "--wbits", "4"], capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-m", "llmq.quantize", "--wbits", "4"], capture_output=True, text=True, check=False
+    )
     assert run.returncode == 2
     assert "--model" in run.stderr
 

@@ -5,7 +5,7 @@ import torch
 
 from llmq.config import BITS, GPTQConfig, QuantScheme
 from llmq.qtensor import minmax_grid, quantize
-from llmq.solvers import METHODS, SOLVERS, SolverOptions, gptq, method, rtn
+from llmq.solvers import METHODS, SOLVERS, Problem, SolverOptions, gptq, method, rtn
 from llmq.solvers.grid import search_grid
 from llmq.solvers.hessian import (
     InputStats,
@@ -58,8 +58,8 @@ def test_gptq_makes_the_codes_of_the_naive_solver(scheme, act_order, monkeypatch
     scale, zero = search_grid(W, H, scheme, cfg.grid_steps)
     order = torch.argsort(H.diagonal(), descending=True) if act_order else torch.arange(K)
     want = naive_gptq(W, H, scale, zero, scheme, cfg.percdamp, order)
-    # fp32 against fp64: a weight that lies within rounding (some 1e-6 of a step) of the middle between two codes may go
-    # either way and takes a few neighbours with it. 1 % is far above that and far below the 20 % of a wrong update rule.
+    # fp32 against fp64: a weight within rounding (some 1e-6 of a step) of the middle between two codes may go either
+    # way and takes a few neighbours with it. 1 % is far above that and far below the 20 % of a wrong update rule.
     assert (t.q != want).float().mean() < 0.01
     assert report.damp_tries == 1
 
@@ -70,8 +70,8 @@ def test_every_solver_is_at_least_as_good_as_rtn(scheme, solver):
     W, stats = correlated(1)
     H = stats.hessian("x")
     before = W.clone()
-    solved = SOLVERS[solver]("x", W, stats, scheme, SolverOptions(), True).qtensor
-    again = SOLVERS[solver]("x", W, stats, scheme, SolverOptions(), True).qtensor
+    solved = SOLVERS[solver](Problem("x", W, stats, scheme), SolverOptions()).qtensor
+    again = SOLVERS[solver](Problem("x", W, stats, scheme), SolverOptions()).qtensor
     base = relative_error(W, rtn.solve(W, scheme).dequantize(), H)
     assert relative_error(W, solved.dequantize(), H) <= base * (1 + 1e-6)
     assert int(solved.q.max()) < scheme.levels

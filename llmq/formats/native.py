@@ -44,7 +44,7 @@ def unpack(tensors: dict[str, Tensor], n: int, k: int, scheme: QuantScheme, *, n
     """Inverse of :func:`pack`.
 
     Raises:
-        ValueError: a tensor is missing, or has another shape or dtype than :func:`layout` says, or a scale is not finite.
+        ValueError: a tensor is missing, has another shape or dtype than :func:`layout` says, or a scale is not finite.
     """
     want = layout(n, k, scheme)
     for key, (shape, dtype) in want.items():

@@ -186,9 +186,7 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     config.dtype = torch.float32
     config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
-    tokenizer.init_kwargs.pop(
-        "local_files_only", None
-    )  # saved as if it were the tokenizer's
+    tokenizer.init_kwargs.pop("local_files_only", None)  # saved as if it were the tokenizer's
     tokenizer.save_pretrained(folder)
 
 

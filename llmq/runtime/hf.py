@@ -22,13 +22,12 @@ from llmq.runtime.qlinear import QEmbedding, QLinear, QuantizedMatrix, TiedHead
 class LlmqConfig(QuantizationConfigMixin):
     """The ``quantization_config`` block of an llmq folder; keys as in docs/FORMATS.md, unknown ones are kept.
 
-    ``activation_bits`` may be given to ``from_pretrained(quantization_config=...)``-style callers or set in config.json:
-    8 (default) quantizes activations to int8, 16 keeps them in float.
+    ``activation_bits``, set in config.json: 8 (default) quantizes activations to int8, 16 keeps them in float.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.pop("quant_method", None)
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # its enum knows only transformers' own
         self.activation_bits = kwargs.pop("activation_bits", 8)
         for key, value in kwargs.items():
             setattr(self, key, value)
@@ -39,15 +38,17 @@ class LlmqQuantizer(HfQuantizer):
 
     requires_calibration = True
 
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+    def validate_environment(self, *_args: Any, **kwargs: Any) -> None:
         """Refuse devices other than the CPU."""
         device_map = kwargs.get("device_map")
         devices = device_map.values() if isinstance(device_map, dict) else [device_map]
         bad = [d for d in devices if d is not None and str(d) != "cpu"]
         if bad:
-            raise ValueError(f"device_map asks for {bad[0]}; llmq's kernels run on the CPU: use device_map='cpu' or none")
+            raise ValueError(
+                f"device_map asks for {bad[0]}; llmq's kernels run on the CPU: use device_map='cpu' or none"
+            )
 
-    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+    def is_serializable(self, *_args: Any, **_kwargs: Any) -> bool:
         """``save_pretrained`` writes the same integers back."""
         return True
 
@@ -76,13 +77,12 @@ class LlmqQuantizer(HfQuantizer):
                 raise ValueError(f"{where}: {name} is tied to {source}, which is not an embedding")
             _replace(model, name, TiedHead(embedding, activation_bits=activation_bits))
         if tied:  # nothing is left for transformers to tie
-            model._tied_weights_keys = None
-            model.all_tied_weights_keys = {}
+            model.__dict__.update(_tied_weights_keys=None, all_tied_weights_keys={})
         files = kwargs.get("checkpoint_files")
         if files:
             check_files(files, _expected(model, schemes), where)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:
         dtype = model.dtype
         assert isinstance(dtype, torch.dtype)
         for module in model.modules():
@@ -97,7 +97,9 @@ def _module(model: nn.Module, name: str, where: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
-        raise ValueError(f"{where}: quantization_config names {name}, which {type(model).__name__} does not have") from None
+        raise ValueError(
+            f"{where}: quantization_config names {name}, which {type(model).__name__} does not have"
+        ) from None
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -129,7 +131,9 @@ def _quantized_twin(module: nn.Module, scheme: QuantScheme, activation_bits: int
     raise ValueError(f"{name}: a {type(module).__name__} cannot be quantized; only linears and embeddings can")
 
 
-def _expected(model: nn.Module, schemes: dict[str, QuantScheme]) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
+def _expected(
+    model: nn.Module, schemes: dict[str, QuantScheme]
+) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
     """Shape and dtype of every tensor the checkpoint must hold for ``model``."""
     expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {}
     for name, scheme in schemes.items():

@@ -1,6 +1,6 @@
 """SOLVERS: one row a way to make the integers of a linear; METHODS: what the user names, a transform and a solver.
 
-A solver is ``solve(name, W, stats, scheme, options) -> Solved``. A new one is a file and a row.
+A solver is ``solve(problem, options) -> Solved``. A new one is a file and a row.
 """
 
 from __future__ import annotations
@@ -36,30 +36,44 @@ class Solved:
     notes: dict[str, Any]
 
 
-Solver = Callable[[str, Tensor, InputStats | None, QuantScheme, SolverOptions, bool], Solved]
+@dataclass(frozen=True)
+class Problem:
+    """What a solver is given.
+
+    Attributes:
+        name: the linear's full name, for errors.
+        W: f32[N, K]; solvers leave it as it is.
+        stats: of its inputs; None for methods that need no text.
+        scheme: the grid asked for.
+        may_clip: False where the family says that clipping hurts.
+    """
+
+    name: str
+    W: Tensor
+    stats: InputStats | None
+    scheme: QuantScheme
+    may_clip: bool = True
 
 
-def _rtn(
-    name: str, W: Tensor, stats: InputStats | None, scheme: QuantScheme, options: SolverOptions, may_clip: bool
-) -> Solved:
-    return Solved(rtn.solve(W, scheme), {})
+Solver = Callable[[Problem, SolverOptions], Solved]
 
 
-def _clipped_rtn(
-    name: str, W: Tensor, stats: InputStats | None, scheme: QuantScheme, options: SolverOptions, may_clip: bool
-) -> Solved:
-    steps = AWQ_CLIP_STEPS if options.awq.clip and may_clip else 0
-    H = stats.hessian(name) if stats is not None else None
-    return Solved(rtn.solve(W, scheme, H, grid_steps=steps), {"clip_steps": steps})
+def _rtn(p: Problem, _options: SolverOptions) -> Solved:
+    return Solved(rtn.solve(p.W, p.scheme), {})
 
 
-def _gptq(
-    name: str, W: Tensor, stats: InputStats | None, scheme: QuantScheme, options: SolverOptions, may_clip: bool
-) -> Solved:
-    assert stats is not None, "the pipeline gathers statistics for every method that needs them"
-    if options.gptq not in stats.memo:
-        stats.memo[options.gptq] = gptq.prepare(stats.hessian(name), stats.n_tokens, options.gptq)
-    qtensor, report = gptq.solve(W, stats.memo[options.gptq], scheme, options.gptq)
+def _clipped_rtn(p: Problem, options: SolverOptions) -> Solved:
+    assert p.stats is not None, "the pipeline gathers statistics for every method that needs them"
+    steps = AWQ_CLIP_STEPS if options.awq.clip and p.may_clip else 0
+    return Solved(rtn.solve(p.W, p.scheme, p.stats.hessian(p.name), grid_steps=steps), {"clip_steps": steps})
+
+
+def _gptq(p: Problem, options: SolverOptions) -> Solved:
+    assert p.stats is not None, "the pipeline gathers statistics for every method that needs them"
+    memo = p.stats.memo
+    if options.gptq not in memo:
+        memo[options.gptq] = gptq.prepare(p.stats.hessian(p.name), p.stats.n_tokens, options.gptq)
+    qtensor, report = gptq.solve(p.W, memo[options.gptq], p.scheme, options.gptq)
     return Solved(qtensor, asdict(report))
 
 

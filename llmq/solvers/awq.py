@@ -69,7 +69,7 @@ def transform_block(
 
 @dataclass(frozen=True)
 class _Channels:
-    """How a source's channels feed the linears: ``heads`` of ``head_dim`` channels, each read by ``repeat`` query heads."""
+    """How a source's channels feed the linears: heads of ``head_dim`` channels, each read by ``repeat`` query heads."""
 
     n_source: int
     head_dim: int
@@ -170,7 +170,9 @@ def _search_scale(
 
 
 @torch.no_grad()
-def _fold(source: nn.Module, linears: list[nn.Module], s: Tensor, channels: _Channels, norm_offset: float | None) -> None:
+def _fold(
+    source: nn.Module, linears: list[nn.Module], s: Tensor, channels: _Channels, norm_offset: float | None
+) -> None:
     """Divide the source's channels by s and multiply the linears' input columns by it, in place.
 
     ``norm_offset`` is None when the source is a linear; a norm multiplies by ``norm_offset + weight``.

@@ -7,14 +7,13 @@ the loop from the original columns ("static groups"), so the order leaves no tra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from llmq.config import GPTQConfig, QuantScheme
+from llmq.parallel import one_thread
 from llmq.qtensor import QTensor, expand_groups, from_codes, round_to_grid
 from llmq.solvers.grid import search_grid
 from llmq.solvers.hessian import Factor, dead_columns, inverse_factor, shrink_to_diagonal
@@ -95,17 +94,6 @@ def solve(W: Tensor, prepared: Prepared, scheme: QuantScheme, cfg: GPTQConfig) -
     return from_codes(codes, scale, zero, scheme), report
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread: the panel loop is thousands of tiny operations, where waiting for others only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _round_with_feedback(
     W: Tensor, factor: Factor, order: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme
 ) -> Tensor:
@@ -120,7 +108,7 @@ def _round_with_feedback(
     for i1 in range(0, K, BLOCK):
         i2 = min(i1 + BLOCK, K)
         Err = torch.empty(i2 - i1, Wt.shape[1])  # [block, N], errors over their diagonal
-        with one_thread():
+        with one_thread():  # thousands of tiny operations, one after the other
             for i in range(i1, i2):
                 w, s, z = Wt[i], St[i], Zt[i]
                 q = round_to_grid(w, s, z, scheme.levels)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from llmq.config import QuantScheme
+from llmq.parallel import side_by_side
 from llmq.qtensor import minmax_grid, range_grid, round_to_grid, storable_scale
 
-# The smallest share of the full range that the search tries. Narrower ranges never won on 2 bits and more.
-MIN_RANGE = 0.35
-# Rows searched at once: keeps the temporaries of a 16384-row layer small.
-ROWS = 2048
+# The smallest share of the full range that the search tries, by bits: the fewer the codes, the more clipping pays.
+MIN_RANGE = {8: 0.9, 4: 0.6, 3: 0.5, 2: 0.35}
+# Rows searched at once: their temporaries then fit a core's second-level cache.
+ROWS = 256
 
 
 def search_grid(W: Tensor, H: Tensor, scheme: QuantScheme, steps: int) -> tuple[Tensor, Tensor]:
@@ -36,13 +37,17 @@ def search_grid(W: Tensor, H: Tensor, scheme: QuantScheme, steps: int) -> tuple[
     """
     if steps == 0:
         return minmax_grid(W, scheme)
-    scales, zeros = [], []
-    for s in scheme.slices(W.shape[1]):
-        Hg = H[s, s].float()
-        parts = [_search_group(rows, Hg, scheme, steps) for rows in W[:, s].split(ROWS)]
-        scales.append(torch.cat([p[0] for p in parts]))
-        zeros.append(torch.cat([p[1] for p in parts]))
-    return torch.stack(scales, 1), torch.stack(zeros, 1)
+    slices = scheme.slices(W.shape[1])
+    blocks = [H[s, s].float().contiguous() for s in slices]
+
+    def search_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+        found = [
+            _search_group(rows[:, s].contiguous(), Hg, scheme, steps) for s, Hg in zip(slices, blocks, strict=True)
+        ]
+        return torch.stack([scale for scale, _ in found], 1), torch.stack([zero for _, zero in found], 1)
+
+    parts = side_by_side(search_rows, W.split(ROWS))
+    return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
 
 
 def _error(w: Tensor, scale: Tensor, zero: Tensor, levels: int, Hg: Tensor) -> Tensor:
@@ -66,7 +71,7 @@ def _search_group(w: Tensor, Hg: Tensor, scheme: QuantScheme, steps: int) -> tup
             torch.where(won, new, kept, out=kept)
 
     for i in range(steps):
-        share = 1.0 - (1.0 - MIN_RANGE) * i / steps
+        share = 1.0 - (1.0 - MIN_RANGE[scheme.bits]) * i / steps
         scale, zero = range_grid(lo * share, hi * share, scheme)
         keep_better(scale, zero)
         if scheme.sym:

@@ -23,7 +23,7 @@ MAX_DAMP = 10.0
 class InputStats:
     """Accumulates H and mean |x| of the inputs of one linear (or of several that share their input).
 
-    Tokens are summed in fp32 blocks which are folded into fp64. Rows with a NaN or an infinity are left out and counted.
+    Tokens are summed in fp32 blocks which are folded into fp64. Rows with a NaN or an infinity are left out, counted.
 
     Attributes:
         H: f64[K, K], the sum of x x^T (see :meth:`hessian` for the mean).
@@ -54,7 +54,7 @@ class InputStats:
         self.n_tokens += x.shape[0]
 
     def _add_products(self, x: Tensor) -> None:
-        """H += x^T x for finite x f32[t, K]. Only tiles on and above the diagonal are multiplied; the rest is mirrored."""
+        """H += x^T x for finite x f32[t, K]. Tiles on and above the diagonal are multiplied; the rest is mirrored."""
         k = x.shape[1]
         tiles = [slice(a, min(a + TILE, k)) for a in range(0, k, TILE)]
         for i, rows in enumerate(tiles):
