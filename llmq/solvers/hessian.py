@@ -147,19 +147,20 @@ def inverse_factor(H: Tensor, percdamp: float) -> Factor:
 
 
 def _factor(H: Tensor, damp: float) -> Tensor | None:
-    """f32 upper factor of (H + damp I)^-1, or None when that is not positive definite in fp64."""
-    A = H.clone()
+    """f32 upper factor of (H + damp I)^-1, or None when that is not positive definite in fp64.
+
+    With J the reversal of rows and columns and J A J = L L^T, A^-1 = U^T U for U = J L^-1 J: one Cholesky factor and one
+    triangular inverse instead of an inverse and a second factor, a tenth of the time.
+    """
+    A = H.flip(0, 1)
     A.diagonal().add_(damp)
     d = A.diagonal().rsqrt()
     A *= d[:, None] * d[None, :]
     L, info = torch.linalg.cholesky_ex(A)
     if int(info) != 0 or not torch.isfinite(L).all():
         return None
-    inverse = torch.cholesky_inverse(L)
-    U, info = torch.linalg.cholesky_ex(inverse, upper=True)
-    if int(info) != 0:
-        return None
-    U = (U * d[None, :]).float()  # (D A D)^-1 = D^-1 A^-1 D^-1, so the factor of A^-1 is U D
+    inverse = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype), upper=False)
+    U = (inverse * d[None, :]).flip(0, 1).float()  # (D A D)^-1 = D^-1 A^-1 D^-1, so the factor of A^-1 is U D
     return U if torch.isfinite(U).all() else None
 
 
