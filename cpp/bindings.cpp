@@ -1,0 +1,110 @@
+// The Python module llmq._core. Arrays come as addresses: llmq/kernels checks dtype, shape and contiguity before it
+// calls.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "dispatch.h"
+#include "engine/linear.h"
+#include "engine/thread_pool.h"
+#include "layout.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace llmq {
+namespace {
+
+using Address = std::uintptr_t;
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+std::vector<std::string> isa_names() {
+  std::vector<std::string> names;
+  for (const KernelTable* table : available_tables()) names.emplace_back(table->isa);
+  return names;
+}
+
+void bind_layout(py::module_& m) {
+  py::class_<Layout>(m, "Layout", "Shape and grid of a matrix in the packed form LQ16.")
+      .def(py::init<std::int64_t, std::int64_t, std::int64_t, int, bool, int>(), py::kw_only(), "n"_a, "k"_a,
+           "source_group"_a, "bits"_a, "has_zero"_a, "mid"_a)
+      .def_property_readonly("group", &Layout::group)
+      .def_property_readonly("groups", &Layout::groups)
+      .def_property_readonly("nbytes", &Layout::bytes)
+      .def(
+          "pack",
+          [](const Layout& layout, Address q, Address scale, Address zero, Address out) {
+            const py::gil_scoped_release unlocked;
+            layout.pack(at<const std::uint8_t>(q), at<const std::uint16_t>(scale), at<const std::uint8_t>(zero),
+                        at<std::uint8_t>(out));
+          },
+          py::kw_only(), "q"_a, "scale"_a, "zero"_a, "out"_a)
+      .def(
+          "unpack",
+          [](const Layout& layout, Address data, std::size_t nbytes, Address q, Address scale, Address zero) {
+            const PackedMatrix w = layout.view(at<const void>(data), nbytes);
+            const py::gil_scoped_release unlocked;
+            layout.unpack(w, at<std::uint8_t>(q), at<std::uint16_t>(scale), at<std::uint8_t>(zero));
+          },
+          py::kw_only(), "data"_a, "nbytes"_a, "q"_a, "scale"_a, "zero"_a)
+      .def(
+          "qgemm",
+          [](const Layout& layout, Address data, std::size_t nbytes, Address x, std::int64_t m, Address bias,
+             Address out) {
+            const PackedMatrix w = layout.view(at<const void>(data), nbytes);
+            const py::gil_scoped_release unlocked;
+            qgemm(current_table(), layout, w, at<const float>(x), m, at<const float>(bias), at<float>(out));
+          },
+          py::kw_only(), "data"_a, "nbytes"_a, "x"_a, "m"_a, "bias"_a, "out"_a)
+      .def(
+          "take_rows",
+          [](const Layout& layout, Address data, std::size_t nbytes, Address ids, std::int64_t count, Address out) {
+            const PackedMatrix w = layout.view(at<const void>(data), nbytes);
+            const py::gil_scoped_release unlocked;
+            take_rows(current_table(), layout, w, at<const std::int64_t>(ids), count, at<float>(out));
+          },
+          py::kw_only(), "data"_a, "nbytes"_a, "ids"_a, "count"_a, "out"_a);
+}
+
+}  // namespace
+}  // namespace llmq
+
+PYBIND11_MODULE(_core, m) {
+  using namespace llmq;
+  m.doc() = "Compiled kernels of llmq; use them through llmq.kernels.";
+  bind_layout(m);
+  m.def("isas", isa_names, "Kernel sets this CPU can run, best first.");
+  m.def("isa", [] { return current_table().isa; }, "The kernel set in use.");
+  m.def("use_isa", use_table, "isa"_a, "Use another kernel set; ValueError lists the available ones.");
+  m.def(
+      "features",
+      [](std::uint32_t leaf1_ecx, std::uint32_t leaf7_ebx, std::uint32_t leaf7_ecx, std::uint64_t xcr0) {
+        return features_of({leaf1_ecx, leaf7_ebx, leaf7_ecx, xcr0});
+      },
+      py::kw_only(), "leaf1_ecx"_a, "leaf7_ebx"_a, "leaf7_ecx"_a, "xcr0"_a,
+      "CPU features that these CPUID words grant.");
+  m.def("num_threads", &num_threads);
+  m.def("set_num_threads", &set_num_threads, "n"_a, py::call_guard<py::gil_scoped_release>());
+  m.def(
+      "quantize_rows",
+      [](Address x, std::int64_t rows, std::int64_t k, std::int64_t group, std::int64_t stride, Address q,
+         Address scale, Address total) {
+        const QuantizedRows out{.q = at<std::int8_t>(q),
+                                .scale = at<float>(scale),
+                                .total = at<std::int32_t>(total),
+                                .stride = stride,
+                                .groups = (k + group - 1) / group};
+        current_table().quantize_rows(at<const float>(x), {0, rows}, k, group, out);
+      },
+      py::kw_only(), "x"_a, "m"_a, "k"_a, "group"_a, "stride"_a, "q"_a, "scale"_a, "total"_a);
+  m.def(
+      "stream_read",
+      [](Address data, std::int64_t nbytes) {
+        return stream_read(current_table(), at<const std::uint64_t>(data), nbytes / 8);
+      },
+      "data"_a, "nbytes"_a, py::call_guard<py::gil_scoped_release>(),
+      "Xor of the 64-bit words at an address, read once.");
+}

@@ -1,0 +1,120 @@
+#include "engine/linear.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "engine/thread_pool.h"
+
+namespace llmq {
+namespace {
+
+// Multiply-adds below which a second thread costs more than it saves (about 2 us of work).
+constexpr std::int64_t kAloneWork = 1 << 17;
+// Chunks a thread, so that one that is late or slow leaves its share to the others.
+constexpr std::int64_t kChunksPerThread = 8;
+// Quantized activations of a token block: half of a common level 2 cache (512 KiB).
+constexpr std::int64_t kTokenBlockBytes = 192 << 10;
+constexpr std::int64_t kTokenBlockMultiple = 24;  // of every ISA's tile: blocks then leave no remainder
+constexpr std::int64_t kColumnPadding = 64;
+
+// Memory that a thread keeps from call to call and only ever enlarges.
+class Scratch {
+ public:
+  void* reserve(std::int64_t bytes) {
+    if (bytes > size_) {
+      memory_.reset(std::aligned_alloc(64, static_cast<std::size_t>((bytes + 63) / 64 * 64)));
+      size_ = memory_ ? bytes : 0;
+      if (!memory_) throw std::bad_alloc();
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(void* p) const { std::free(p); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  std::int64_t size_ = 0;
+};
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+QuantizedRows scratch_rows(std::int64_t m, const PackedMatrix& w) {
+  static thread_local Scratch scratch;
+  const std::int64_t stride = ceil_div(w.k, kColumnPadding) * kColumnPadding;
+  auto* bytes = static_cast<std::int8_t*>(scratch.reserve(m * (stride + 8 * w.groups)));
+  auto* scale = reinterpret_cast<float*>(bytes + m * stride);
+  auto* total = reinterpret_cast<std::int32_t*>(scale + m * w.groups);
+  return {.q = bytes, .scale = scale, .total = total, .stride = stride, .groups = w.groups};
+}
+
+void quantize(const KernelTable& table, const float* x, std::int64_t m, const PackedMatrix& w,
+              const QuantizedRows& rows) {
+  const std::int64_t per_chunk = std::max<std::int64_t>(1, kAloneWork / 4 / w.k);
+  parallel_for(ceil_div(m, per_chunk), [&](std::int64_t c) noexcept {
+    table.quantize_rows(x, {c * per_chunk, std::min(m, (c + 1) * per_chunk)}, w.k, w.group, rows);
+  });
+}
+
+// Tokens whose quantized activations stay in a core's own cache while the panels of a chunk pass by.
+std::int64_t token_block(std::int64_t m, std::int64_t stride) {
+  const std::int64_t fit = kTokenBlockBytes / stride / kTokenBlockMultiple * kTokenBlockMultiple;
+  return std::min(m, std::max(fit, kTokenBlockMultiple));
+}
+
+}  // namespace
+
+void qgemm(const KernelTable& table, const Layout& layout, const PackedMatrix& w, const float* x, std::int64_t m,
+           const float* bias, float* out) {
+  if (m == 0) return;
+  const auto kernel = layout.bits == 4 ? table.qgemm_w4 : table.qgemm_w8;
+  const Qgemm job{.w = w, .x = scratch_rows(m, w), .bias = bias, .out = out, .out_stride = w.n};
+  quantize(table, x, m, w, job.x);
+  const std::int64_t panels = layout.panels();
+  if (num_threads() == 1 || m * w.n * w.k < kAloneWork) {
+    const std::int64_t block = token_block(m, job.x.stride);
+    for (std::int64_t t = 0; t < m; t += block) kernel(job, {0, panels}, {t, std::min(m, t + block)});
+    return;
+  }
+  const std::int64_t tokens = token_block(m, job.x.stride), token_blocks = ceil_div(m, tokens);
+  const std::int64_t wanted = ceil_div(num_threads() * kChunksPerThread, token_blocks);
+  const std::int64_t rows =
+      ceil_div(ceil_div(panels, wanted), 2) * 2;  // pairs of panels: some tiles are two panels wide
+  const std::int64_t row_blocks = ceil_div(panels, rows);
+  parallel_for(row_blocks * token_blocks, [&](std::int64_t c) noexcept {
+    const std::int64_t p = c % row_blocks * rows, t = c / row_blocks * tokens;
+    kernel(job, {p, std::min(panels, p + rows)}, {t, std::min(m, t + tokens)});
+  });
+}
+
+void take_rows(const KernelTable& table, const Layout& layout, const PackedMatrix& w, const std::int64_t* ids,
+               std::int64_t count, float* out) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    if (ids[i] < 0 || ids[i] >= w.n) {
+      throw std::out_of_range("row id " + std::to_string(ids[i]) + " at position " + std::to_string(i) +
+                              " is not a row of a matrix with " + std::to_string(w.n) + " rows");
+    }
+  }
+  const auto kernel = layout.bits == 4 ? table.take_row_w4 : table.take_row_w8;
+  const std::int64_t per_chunk = std::max<std::int64_t>(1, kAloneWork / 8 / w.k);
+  parallel_for(ceil_div(count, per_chunk), [&](std::int64_t c) noexcept {
+    const std::int64_t end = std::min(count, (c + 1) * per_chunk);
+    for (std::int64_t i = c * per_chunk; i < end; ++i) kernel(w, ids[i], out + i * w.k);
+  });
+}
+
+std::uint64_t stream_read(const KernelTable& table, const std::uint64_t* data, std::int64_t words) {
+  std::atomic<std::uint64_t> all{0};
+  const std::int64_t per_chunk = 1 << 16;
+  parallel_for(ceil_div(words, per_chunk), [&](std::int64_t c) noexcept {
+    all.fetch_xor(table.stream_read(data + c * per_chunk, std::min(per_chunk, words - c * per_chunk)));
+  });
+  return all.load();
+}
+
+}  // namespace llmq

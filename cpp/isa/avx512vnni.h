@@ -1,0 +1,76 @@
+// AVX-512 with VNNI: one 64-byte register is a whole panel, vpdpbusd multiplies unsigned codes by signed activations
+// and adds four products to each 32-bit lane.
+#pragma once
+
+#if defined(LLMQ_EMULATE_AVX512)
+#include "avx512_emulation.h"
+#else
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+
+namespace llmq {
+namespace {
+
+struct Isa {
+  static constexpr int kRows = 16;
+  static constexpr int kRowVectorsOneToken = 2;
+  // 16 accumulators + 4 weights + the nibble mask; the activations are broadcast from memory.
+  static constexpr int kTileVectors = 2;
+  static constexpr int kTileTokens = 8;
+
+  using Ints = __m512i;
+  using Floats = __m512;
+
+  static __m512i broadcast4(const std::int8_t* p) {
+    std::int32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    return _mm512_set1_epi32(four);
+  }
+
+  static Ints set_ints(std::int32_t value) { return _mm512_set1_epi32(value); }
+
+  // (offset - zero[r]) * total. Both factors fit 16 bits (|total| <= 127 * 128) and the upper half of total is cleared,
+  // so vpmaddwd multiplies the lower halves only.
+  static Ints offset_minus_zeros_times(int offset, const std::uint8_t* zeros, std::int32_t total) {
+    const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
+    return _mm512_madd_epi16(_mm512_sub_epi32(_mm512_set1_epi32(offset), wide), _mm512_set1_epi32(total & 0xffff));
+  }
+
+  static Floats set_floats(float value) { return _mm512_set1_ps(value); }
+  static Floats halves_to_floats(const std::uint16_t* halves) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
+  }
+  static Floats to_floats(Ints a) { return _mm512_cvtepi32_ps(a); }
+  static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static void store(float* out, Floats a) { _mm512_storeu_ps(out, a); }
+};
+
+// Codes of 4 or 8 bits. Nothing saturates: |sum| <= 128 * 255 * 127 < 2^31.
+template <int kBits>
+struct Dot {
+  static constexpr int kOperands = 8 / kBits;
+  static constexpr int kOffset = 0;
+  using Operand = __m512i;
+  using Part = __m512i;
+
+  static void unpack(const std::uint8_t* p, Operand* operands) {
+    const __m512i bytes = _mm512_loadu_si512(reinterpret_cast<const __m512i*>(p));
+    if constexpr (kBits == 8) {
+      operands[0] = bytes;
+    } else {
+      const __m512i low = _mm512_set1_epi8(15);
+      operands[0] = _mm512_and_si512(bytes, low);
+      operands[1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
+    }
+  }
+
+  static Part begin(Isa::Ints acc) { return acc; }
+  static Part add(Part part, Operand codes, __m512i x) { return _mm512_dpbusd_epi32(part, codes, x); }
+  static Isa::Ints end(Isa::Ints, Part part) { return part; }
+};
+
+}  // namespace
+}  // namespace llmq

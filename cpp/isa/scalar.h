@@ -1,0 +1,123 @@
+// Baseline C++ with the compilers' generic 16-byte vectors: no intrinsics, runs on every CPU (SSE2 and NEON are enough
+// to make it quick, and neither is needed).
+#pragma once
+
+#include <cstdint>
+
+namespace llmq {
+namespace {
+
+float half_to_float(std::uint16_t half);
+
+typedef std::uint8_t Bytes16 __attribute__((vector_size(16)));
+typedef std::uint16_t UShorts8 __attribute__((vector_size(16)));
+typedef std::int16_t Shorts8 __attribute__((vector_size(16)));
+typedef std::int32_t Ints4 __attribute__((vector_size(16)));
+typedef float Floats4 __attribute__((vector_size(16)));
+
+// Sum of the two 16-bit halves of each 32-bit lane, widened.
+Ints4 add_halves(Shorts8 a) {
+  const UShorts8 bits = (UShorts8)a;
+  const Ints4 lanes = (Ints4)bits;
+  return (((lanes) << 16) >> 16) + (lanes >> 16);
+}
+
+struct Isa {
+  static constexpr int kRows = 4;
+  static constexpr int kRowVectorsOneToken = 4;
+  static constexpr int kTileVectors = 4;
+  static constexpr int kTileTokens = 2;
+
+  using Ints = Ints4;
+  using Floats = Floats4;
+
+  // Four activations as 16-bit numbers, those of even and those of odd columns, once a 32-bit lane.
+  struct Four {
+    Shorts8 even, odd;
+  };
+
+  static Four broadcast4(const std::int8_t* p) {
+    std::int32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    const Shorts8 pairs = (Shorts8)set_ints(four);
+    return {(Shorts8)((UShorts8)pairs << 8) >> 8, pairs >> 8};
+  }
+
+  static Ints set_ints(std::int32_t value) { return Ints{value, value, value, value}; }
+
+  // (offset - zero[r]) * total
+  static Ints offset_minus_zeros_times(int offset, const std::uint8_t* zeros, std::int32_t total) {
+    return (offset - Ints{zeros[0], zeros[1], zeros[2], zeros[3]}) * total;
+  }
+
+  static Floats set_floats(float value) { return Floats{value, value, value, value}; }
+
+  static Floats halves_to_floats(const std::uint16_t* halves) {
+    return Floats{half_to_float(halves[0]), half_to_float(halves[1]), half_to_float(halves[2]),
+                  half_to_float(halves[3])};
+  }
+
+  static Floats to_floats(Ints a) { return __builtin_convertvector(a, Floats); }
+  static Floats mul(Floats a, Floats b) { return a * b; }
+  static Floats add(Floats a, Floats b) { return a + b; }
+  static void store(float* out, Floats a) { __builtin_memcpy(out, &a, sizeof a); }
+};
+
+// Codes as 16-bit numbers, those of even and those of odd columns, four columns a 32-bit lane.
+struct Codes {
+  Shorts8 even, odd;
+};
+
+Codes split_codes(Bytes16 codes) {
+  const UShorts8 pairs = (UShorts8)codes;
+  return {(Shorts8)(pairs & 255), (Shorts8)(pairs >> 8)};
+}
+
+Bytes16 load_bytes(const std::uint8_t* p) {
+  Bytes16 bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  return bytes;
+}
+
+template <int kBits>
+struct Dot;
+
+// 4-bit codes: a block of 32 columns adds 16 products to each 16-bit half, at most 16 * 15 * 127 = 30480 < 32767.
+template <>
+struct Dot<4> {
+  static constexpr int kOperands = 2;
+  static constexpr int kOffset = 0;
+  using Operand = Codes;
+  using Part = Shorts8;
+
+  static void unpack(const std::uint8_t* p, Operand* operands) {
+    const Bytes16 bytes = load_bytes(p);
+    operands[0] = split_codes(bytes & 15);
+    operands[1] = split_codes(bytes >> 4);
+  }
+
+  static Part begin(Isa::Ints) { return Part{}; }
+  static Part add(Part part, const Operand& codes, const Isa::Four& x) {
+    return part + codes.even * x.even + codes.odd * x.odd;
+  }
+  static Isa::Ints end(Isa::Ints acc, Part part) { return acc + add_halves(part); }
+};
+
+// 8-bit codes: a product is at most 255 * 127 = 32385 < 32767, and is widened before it is added.
+template <>
+struct Dot<8> {
+  static constexpr int kOperands = 1;
+  static constexpr int kOffset = 0;
+  using Operand = Codes;
+  using Part = Isa::Ints;
+
+  static void unpack(const std::uint8_t* p, Operand* operands) { operands[0] = split_codes(load_bytes(p)); }
+  static Part begin(Isa::Ints acc) { return acc; }
+  static Part add(Part part, const Operand& codes, const Isa::Four& x) {
+    return part + add_halves(codes.even * x.even) + add_halves(codes.odd * x.odd);
+  }
+  static Isa::Ints end(Isa::Ints, Part part) { return part; }
+};
+
+}  // namespace
+}  // namespace llmq

@@ -1,0 +1,70 @@
+// The contract between the ISA-specific kernels and everything else: one table of functions an ISA, every slot filled.
+// Plain structs and pointers only: this header is compiled with the flags of every ISA, so it must emit no code.
+#pragma once
+
+#include <cstdint>
+
+namespace llmq {
+
+// Rows of a panel: the panel is the unit in which output rows are packed and shared out to threads.
+constexpr int kPanelRows = 16;
+// Bytes of a payload step: 16 rows x 4 bytes. A step holds 8 columns of 4-bit codes or 4 columns of 8-bit codes.
+constexpr int kStepBytes = 64;
+// Largest kernel group: int8 activations share one scale over at most this many columns.
+constexpr int kMaxGroup = 128;
+
+// A packed matrix W f32[n, k] ~ scale * (code - zero); see layout.h for the bytes behind `panels`.
+struct PackedMatrix {
+  const std::uint8_t* panels;   // first panel; panel p starts at panels + p * panel_stride
+  std::int64_t panel_stride;    // bytes
+  std::int64_t zeros_offset;    // bytes from the panel's start to u8 zero[groups][16]; 0: symmetric, zero is `mid`
+  std::int64_t payload_offset;  // bytes from the panel's start to the first step
+  std::int64_t n, k;            // rows (out_features), columns (in_features)
+  std::int64_t group, groups;   // columns of a full group; groups a row
+  std::int32_t mid;             // zero point of a symmetric matrix
+};
+
+// Activations quantized per row and group: x ~ scale * q. Rows are padded with zeros to a multiple of 64 columns.
+struct QuantizedRows {
+  std::int8_t* q;       // i8[m, stride], -127 .. 127
+  float* scale;         // f32[m, groups]; NaN for a group that held a NaN or an infinity
+  std::int32_t* total;  // i32[m, groups]: sum of q over the group
+  std::int64_t stride;  // columns between rows of q
+  std::int64_t groups;  // groups a row
+};
+
+struct Qgemm {
+  PackedMatrix w;
+  QuantizedRows x;
+  const float* bias;        // f32[n] or null
+  float* out;               // f32[m, out_stride]
+  std::int64_t out_stride;  // floats between rows of out
+};
+
+// Half-open range of panels or tokens.
+struct Range {
+  std::int64_t begin, end;
+};
+
+struct KernelTable {
+  const char* isa;
+  const char* features;  // CPU features needed, separated by blanks; empty: runs anywhere
+
+  // Quantize rows of x f32[m, k] (k contiguous) in groups of `group` columns.
+  void (*quantize_rows)(const float* x, Range rows, std::int64_t k, std::int64_t group, const QuantizedRows& out);
+
+  // out[t, r] = sum over groups, ascending, of float(integer dot product) * (scale_w * scale_x), + bias[r],
+  // for the tokens t and the rows r of the panels given. Each float operation is rounded on its own (no fma), so that
+  // all ISAs, and one token or many, give the same bits.
+  void (*qgemm_w4)(const Qgemm& job, Range panels, Range tokens);
+  void (*qgemm_w8)(const Qgemm& job, Range panels, Range tokens);
+
+  // out f32[k] = dequantized row `row`.
+  void (*take_row_w4)(const PackedMatrix& w, std::int64_t row, float* out);
+  void (*take_row_w8)(const PackedMatrix& w, std::int64_t row, float* out);
+
+  // Read `words` 64-bit words once and return their xor: the machine's reading speed, to compare kernels with.
+  std::uint64_t (*stream_read)(const std::uint64_t* data, std::int64_t words);
+};
+
+}  // namespace llmq
