@@ -180,8 +180,10 @@ def _predict(plan: Plan, source: SourceModel, method: Method, n_tokens: int, seq
     else:
         plan.seconds, memory = 1e-7 * plan.weights, 0
     plan.seconds += 2e-7 * plan.weights
-    codes = max([0, *(2 * m.weights for m in plan.tables)])
-    plan.peak_bytes = BASE_BYTES + max(memory + 16 * weights, codes)
+    # The last shard is made in memory: codes of the tables, and kept tensors beside the fp32 copy they are made from.
+    outside = sum(m.nbytes + m.weights for m in plan.tables) + sum(k.nbytes for k in plan.kept)
+    outside += 4 * max([0, *(k.weights for k in plan.kept)])
+    plan.peak_bytes = BASE_BYTES + max(memory + 16 * weights, outside)
     wide = [k for k in widths if method.needs_text and n_tokens < 2 * k]
     if wide:
         plan.warnings.append(
