@@ -1,7 +1,7 @@
 """Threads around torch: whole jobs side by side instead of every small operation split.
 
-torch splits each operation over its threads and waits for the slowest at the end of each. For thousands of operations on
-small tensors the waiting is most of the time, and all of it when another program uses one of the cores.
+torch splits each operation over its threads and waits for the slowest at the end of each. For thousands of operations
+on small tensors the waiting is most of the time, and all of it when another program uses one of the cores.
 """
 
 from __future__ import annotations

@@ -104,13 +104,15 @@ make_venv_without_root() {
     fi
 }
 
-# Headers that apt_unpack brought: tell the compiler and CMake.
+# Headers that apt_unpack brought: tell the compiler, plain CMake (the kernel tests) and scikit-build-core, which passes
+# CMake the place where the headers would have been.
 use_private_headers() {
     local include
     for include in "$VENV"/system/usr/include/python3.*; do
         [ -e "$include/Python.h" ] || continue
         export CPLUS_INCLUDE_PATH="$include:$VENV/system/usr/include${CPLUS_INCLUDE_PATH:+:$CPLUS_INCLUDE_PATH}"
-        export CMAKE_ARGS="-DPython_INCLUDE_DIR=$include -DPYTHON_INCLUDE_DIR=$include ${CMAKE_ARGS:-}"
+        export CMAKE_ARGS="-DPython_INCLUDE_DIR=$include ${CMAKE_ARGS:-}"
+        export CMAKE_INCLUDE_PATH="$include${CMAKE_INCLUDE_PATH:+:$CMAKE_INCLUDE_PATH}"
     done
 }
 

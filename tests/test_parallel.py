@@ -8,7 +8,7 @@ from llmq.parallel import one_thread, side_by_side
 
 def test_one_thread_puts_the_number_back():
     before = torch.get_num_threads()
-    with pytest.raises(RuntimeError, match="inside"), one_thread() as threads:
+    with pytest.raises(RuntimeError, match="inside"), one_thread() as threads:  # noqa: PT012
         assert (threads, torch.get_num_threads()) == (before, 1)
         raise RuntimeError("inside")
     assert torch.get_num_threads() == before

@@ -149,8 +149,8 @@ def inverse_factor(H: Tensor, percdamp: float) -> Factor:
 def _factor(H: Tensor, damp: float) -> Tensor | None:
     """f32 upper factor of (H + damp I)^-1, or None when that is not positive definite in fp64.
 
-    With J the reversal of rows and columns and J A J = L L^T, A^-1 = U^T U for U = J L^-1 J: one Cholesky factor and one
-    triangular inverse instead of an inverse and a second factor, a tenth of the time.
+    With J the reversal of rows and columns and J A J = L L^T, A^-1 = U^T U for U = J L^-1 J: one Cholesky factor and
+    one triangular inverse instead of an inverse and a second factor, a tenth of the time.
     """
     A = H.flip(0, 1)
     A.diagonal().add_(damp)
