@@ -10,8 +10,7 @@ from llmq.config import AWQConfig, CalibConfig, GPTQConfig, QuantScheme
 from llmq.pipeline import QuantizationResult, quantize_model
 from llmq.qtensor import QTensor
 from llmq.runtime.hf import register as _register
-from llmq.runtime.qlinear import QEmbedding, QLinear
-from llmq.verify import set_activation_bits
+from llmq.runtime.qlinear import QEmbedding, QLinear, set_activation_bits
 
 _register()
 

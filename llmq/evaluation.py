@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from llmq.calibration import text_of
 from llmq.config import one_of, option
 from llmq.models.resolve import resolve
+from llmq.runtime.qlinear import set_activation_bits
 from llmq.score import Score
 
 BOS_MODES = ("auto", "each", "first", "none")
@@ -298,6 +299,8 @@ def build_parser(description: str | None, *, require_reference: bool) -> argpars
     parser.add_argument("--seqlen", type=int, default=fields["seqlen"].default, help=fields["seqlen"].metadata["help"])
     parser.add_argument("--max-windows", type=int, metavar="N", help=fields["max_windows"].metadata["help"])
     parser.add_argument("--bos", default="auto", choices=BOS_MODES, help=fields["bos"].metadata["help"])
+    text = "8: as the kernels compute; 16: float, what the weights alone cost (llmq models; default: as the model says)"
+    parser.add_argument("--activation-bits", type=int, help=text)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every figure to this file")
     return parser
 
@@ -347,6 +350,8 @@ def run(args: argparse.Namespace) -> Score:
     """Check, load, score; print the table and write the JSON file."""
     subjects, text, protocol = prepare(args)
     models = [subject.load() for subject in subjects]
+    if args.activation_bits is not None:
+        set_activation_bits(models[0], args.activation_bits)
     start = time.monotonic()
     result = evaluate(
         models[0],
@@ -359,6 +364,7 @@ def run(args: argparse.Namespace) -> Score:
     print(result.table())
     if args.json:
         origin: dict[str, Any] = {"model": args.model, "reference": args.reference, "dataset": args.dataset}
+        origin["activation_bits"] = args.activation_bits
         origin["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
         origin["seconds"] = round(time.monotonic() - start, 1)
         origin["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from llmq.checkpoint import read_qtensor
 from llmq.plan import Plan
 from llmq.runtime.hf import register
-from llmq.runtime.qlinear import QLinear, TiedHead
+from llmq.runtime.qlinear import set_activation_bits
 
 # The loaded model multiplies the same fp32 numbers as the run did, in another order: errors of a few 2**-24 a product,
 # summed over layers. A wrong scale or code shows at 1e-2.
@@ -91,13 +91,6 @@ def _load(folder: Path) -> Any:
             names = ", ".join(sorted(map(str, info[kind]))[:3])
             raise ValueError(f"the written folder loads with {kind.replace('_', ' ')}: {names}; it is not published")
     return model.eval()
-
-
-def set_activation_bits(model: nn.Module, bits: int) -> None:
-    """Let every quantized linear of ``model`` take int8 (8) or float (16) activations."""
-    for module in model.modules():
-        if isinstance(module, QLinear | TiedHead):
-            module.activation_bits = bits
 
 
 def _leaving(model: Any, block_names: list[str], ids: Tensor, entering: Tensor) -> Tensor:

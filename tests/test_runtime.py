@@ -214,3 +214,10 @@ def new_version(folder):
 def test_damaged_folders_give_an_error(folder, tmp_path, change, message):
     with pytest.raises(Exception, match=message):
         AutoModelForCausalLM.from_pretrained(damaged(folder, tmp_path, change))
+
+
+def test_activation_bits_need_quantized_linears(folder):
+    with pytest.raises(ValueError, match="activation_bits is 4; known: 8, 16"):
+        set_activation_bits(AutoModelForCausalLM.from_pretrained(folder), 4)
+    with pytest.raises(ValueError, match="a Linear without quantized linears has no activation bits"):
+        set_activation_bits(torch.nn.Linear(2, 2), 8)

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from llmq import kernels
 from llmq.checkpoint import matrix_from_tensors, matrix_layout, matrix_tensors
-from llmq.config import QuantScheme
+from llmq.config import QuantScheme, one_of
 from llmq.kernels import PackedWeight
+from llmq.kernels.reference import ACTIVATION_BITS
 from llmq.qtensor import QTensor
 
 
@@ -130,6 +131,20 @@ class TiedHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """float[..., in_features] -> float[..., vocabulary], in the dtype of ``x``."""
         return apply_linear(x, self.__dict__["embedding"].ready(), None, self.activation_bits)
+
+
+def set_activation_bits(model: nn.Module, bits: int) -> None:
+    """Let every quantized linear of ``model`` take int8 (8) or float (16: slow, for checking) activations.
+
+    Raises:
+        ValueError: other bits, or a model without a quantized linear.
+    """
+    one_of("activation_bits", bits, ACTIVATION_BITS)
+    linears = [module for module in model.modules() if isinstance(module, QLinear | TiedHead)]
+    if not linears:
+        raise ValueError(f"a {type(model).__name__} without quantized linears has no activation bits to set")
+    for module in linears:
+        module.activation_bits = bits
 
 
 def apply_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation_bits: int) -> Tensor:
