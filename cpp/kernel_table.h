@@ -10,8 +10,6 @@ namespace llmq {
 constexpr int kPanelRows = 16;
 // Bytes of a payload step: 16 rows x 4 bytes. A step holds 8 columns of 4-bit codes or 4 columns of 8-bit codes.
 constexpr int kStepBytes = 64;
-// Largest kernel group: int8 activations share one scale over at most this many columns.
-constexpr int kMaxGroup = 128;
 
 // A packed matrix W f32[n, k] ~ scale * (code - zero); see layout.h for the bytes behind `panels`.
 struct PackedMatrix {

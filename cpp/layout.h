@@ -10,9 +10,9 @@
 //       bits 4: code[r][sC + j] in the low half, code[r][sC + 4 + j] in the high half
 //       bits 8: code[r][sC + j]
 //
-// Rows beyond n have scale 0. Columns beyond k have code 0; their activations are 0. A group is at most 128 columns,
-// because the activations share one scale over the same columns: wider groups are cut into 128s that repeat scale and
-// zero.
+// Rows beyond n have scale 0. Columns beyond k have code 0; their activations are 0. A group is at most max_group
+// columns, because the activations share one scale over the same columns: wider groups are cut into such pieces that
+// repeat scale and zero.
 #pragma once
 
 #include <cstddef>
@@ -44,7 +44,10 @@ struct Layout {
   // Throws std::invalid_argument for a shape or grid that cannot be packed.
   Layout(std::int64_t n, std::int64_t k, std::int64_t source_group, int bits, bool has_zero, int mid);
 
-  std::int64_t group() const { return source_group < kMaxGroup ? source_group : kMaxGroup; }
+  // Columns over which int8 activations share a scale, at most. 8-bit weights are chosen for fidelity: with 128 the
+  // activations would cost more than the weights do.
+  std::int64_t max_group() const { return bits == 8 ? 32 : 128; }
+  std::int64_t group() const { return source_group < max_group() ? source_group : max_group(); }
   std::int64_t groups() const { return (k + group() - 1) / group(); }
   std::int64_t source_groups() const { return (k + source_group - 1) / source_group; }
   std::int64_t panels() const { return (n + kPanelRows - 1) / kPanelRows; }

@@ -121,7 +121,7 @@ class CalibConfig:
     """Calibration text: ``n_samples`` windows of ``seqlen`` tokens, BOS first where the tokenizer has one."""
 
     calib: str = option("auto", "data set, file, folder, glob, 'self', 'stdlib' or 'auto'")
-    nsamples: int = option(128, "windows of calibration text")
+    nsamples: int = option(32, "windows of calibration text; more is slower and a little better")
     seqlen: int = option(2048, "tokens a window")
     seed: int = option(0, "seed of everything that is drawn")
 
