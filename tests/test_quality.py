@@ -13,6 +13,6 @@ def test_eight_bits_cost_next_to_nothing(data_dir, tmp_path):
     text = (data_dir / "wikitext2-test.txt").read_text(encoding="utf-8")
     window = EvalProtocol(seqlen=2048, max_windows=1)
     found = evaluate(*load_for_eval(str(result.folder)), text, window).perplexity
-    # The first window has 12.710 unquantized; 8-bit weights and head and int8 activations cost 0.3 % over 12 windows and
+    # The first window has 12.710 unquantized; 8-bit weights and head and int8 activations cost 0.3 % over 12 windows,
     # up to 0.7 % on a single one. A wrong scale or a missing BOS costs 10 % and more.
     assert found == pytest.approx(12.710, rel=0.015)
