@@ -1,6 +1,6 @@
 """A checkpoint folder: written shard by shard under a temporary name, renamed when it is whole; read with distrust.
 
-A folder holds ``config.json`` (with ``quantization_config``), ``model-XXXXX-of-YYYYY.safetensors`` with an index,
+A folder holds ``config.json`` (with ``quantization_config``), numbered ``model-*.safetensors`` with an index,
 ``llmq_report.json``, a model card, and every file of the source folder that is not weights, byte for byte.
 """
 
