@@ -1,14 +1,31 @@
-"""What the kernel tests share: random quantized matrices and an exact comparison."""
+"""What the kernel tests share: kernel sets and schemes, random quantized matrices and an exact comparison."""
 
 from __future__ import annotations
 
+import itertools
 import zlib
+from collections.abc import Iterator
 
+import pytest
 import torch
 from torch import Tensor
 
-from llmq.config import QuantScheme
+from llmq import kernels
+from llmq.config import BITS, GROUP_SIZES, QuantScheme
 from llmq.qtensor import QTensor
+
+core = pytest.importorskip("llmq._core", reason="llmq was installed without its compiled module")
+
+ISAS = kernels.available_isas()
+COMPILED = ISAS[:-1]
+SCHEMES = [QuantScheme(b, g, sym) for b, g, sym in itertools.product(BITS, GROUP_SIZES, (True, False))]
+
+
+@pytest.fixture(params=COMPILED)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each compiled kernel set in turn."""
+    with kernels.use_isa(request.param):
+        yield request.param
 
 
 def seeded(*key: object) -> torch.Generator:

@@ -6,29 +6,16 @@ order), so most checks here are equalities. The reference itself is held against
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_cases import assert_same, integer_qtensor, random_qtensor, seeded
+from kernel_cases import COMPILED, ISAS, SCHEMES, assert_same, core, integer_qtensor, isa, random_qtensor, seeded  # noqa: F401 - a fixture
 
 from llmq import kernels
-from llmq.config import BITS, GROUP_SIZES, QuantScheme
+from llmq.config import QuantScheme
 from llmq.kernels import reference
 from llmq.qtensor import QTensor, expand_groups
-
-core = pytest.importorskip("llmq._core", reason="llmq was installed without its compiled module")
-
-ISAS = kernels.available_isas()
-COMPILED = ISAS[:-1]
-SCHEMES = [QuantScheme(b, g, sym) for b, g, sym in itertools.product(BITS, GROUP_SIZES, (True, False))]
-
-
-@pytest.fixture(params=COMPILED)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with kernels.use_isa(request.param):
-        yield request.param
 
 
 @pytest.fixture

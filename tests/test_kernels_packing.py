@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import ctypes
-import itertools
 import mmap
 import pickle
 import sys
@@ -13,25 +12,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_cases import assert_same, random_qtensor, seeded
+from kernel_cases import COMPILED, ISAS, SCHEMES, assert_same, core, isa, random_qtensor, seeded  # noqa: F401 - a fixture
 from torch import Tensor
 
 from llmq import kernels
-from llmq.config import BITS, GROUP_SIZES, QuantScheme
+from llmq.config import QuantScheme
 from llmq.kernels import reference
 from llmq.qtensor import QTensor
-
-core = pytest.importorskip("llmq._core", reason="llmq was installed without its compiled module")
-
-ISAS = kernels.available_isas()
-COMPILED = ISAS[:-1]
-SCHEMES = [QuantScheme(b, g, sym) for b, g, sym in itertools.product(BITS, GROUP_SIZES, (True, False))]
-
-
-@pytest.fixture(params=COMPILED)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    with kernels.use_isa(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("bits", [4, 8])
