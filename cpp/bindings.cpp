@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings.h"
 #include "dispatch.h"
 #include "engine/linear.h"
 #include "engine/thread_pool.h"
@@ -13,13 +14,6 @@ using namespace py::literals;
 
 namespace llmq {
 namespace {
-
-using Address = std::uintptr_t;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 std::vector<std::string> isa_names() {
   std::vector<std::string> names;
@@ -76,6 +70,7 @@ PYBIND11_MODULE(_core, m) {
   using namespace llmq;
   m.doc() = "Compiled kernels of llmq; use them through llmq.kernels.";
   bind_layout(m);
+  bind_decoder(m);
   m.def("isas", isa_names, "Kernel sets this CPU can run, best first.");
   m.def("isa", [] { return current_table().isa; }, "The kernel set in use.");
   m.def("use_isa", use_table, "isa"_a, "Use another kernel set; ValueError lists the available ones.");
