@@ -9,7 +9,7 @@ namespace llmq {
 namespace {
 
 // Query rows of a task, at most (or the heads of one group, if there are more): their sums stay in a core's own cache.
-constexpr std::int64_t kTaskRows = 32;
+constexpr std::int64_t kTaskRows = 24;
 // A part of the keys below this many tokens is not worth a task of its own.
 constexpr std::int64_t kPartTokens = 64;
 constexpr std::int64_t kTasksPerThread = 2;

@@ -155,9 +155,20 @@ LLMQ_INLINE void attend_rows(const AttendJob& job, std::int64_t row, std::int64_
   }
 }
 
+// The rows that do not fill a tile: one tile of exactly as many.
+template <class Isa, class Kv, int kRows>
+LLMQ_INLINE void attend_remainder(const AttendJob& job, std::int64_t row, std::int64_t token) {
+  if (job.rows - row == kRows) {
+    attend_rows<Isa, Kv, kRows>(job, row, token);
+  } else if constexpr (kRows > 1) {
+    attend_remainder<Isa, Kv, kRows - 1>(job, row, token);
+  }
+}
+
 template <class Isa, class Kv>
 void attend(const AttendJob& job) {
-  constexpr int kTile = Isa::kRows >= 8 ? 4 : 2;
+  // 6 rows x 16 tokens: 12 sums of 8 floats, two keys and a query fill 16 registers.
+  constexpr int kTile = Isa::kRows >= 8 ? 6 : 2;
   for (std::int64_t r = 0; r < job.rows; ++r) {
     job.max[r] = kMinusInfinity;
     job.sum[r] = 0.0f;
@@ -166,6 +177,6 @@ void attend(const AttendJob& job) {
   for (std::int64_t token = job.tokens.begin / kKeyTokens * kKeyTokens; token < job.tokens.end; token += kKeyTokens) {
     std::int64_t row = 0;
     for (; row + kTile <= job.rows; row += kTile) attend_rows<Isa, Kv, kTile>(job, row, token);
-    for (; row < job.rows; ++row) attend_rows<Isa, Kv, 1>(job, row, token);
+    if (row < job.rows) attend_remainder<Isa, Kv, kTile - 1>(job, row, token);
   }
 }

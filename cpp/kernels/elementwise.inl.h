@@ -1,5 +1,6 @@
 // Norms, rotary embedding, activations and soft caps on rows of floats. Included inside an anonymous namespace, once an
-// ISA; the compiler vectorizes it.
+// ISA; the compiler vectorizes it. LLMQ_ELEMENTWISE: element i of the result needs element i of the inputs only, so an
+// output may be one of the inputs.
 
 // exp(x) for float x, relative error below 2^-22: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial for e^r. Below -87 the
 // result is that of -87 (1.6e-38), above 88 that of 88; NaN stays NaN.
@@ -41,16 +42,19 @@ void rms_norm(const float* x, const float* weight, float eps, std::int64_t n, fl
   }
   for (; i < n; ++i) lanes[0] += x[i] * x[i];
   const float inverse = 1.0f / __builtin_sqrtf(add_lanes(lanes) / static_cast<float>(n) + eps);
+  LLMQ_ELEMENTWISE
   for (i = 0; i < n; ++i) out[i] = x[i] * inverse * weight[i];
 }
 
 void add_rows(float* x, const float* y, std::int64_t n) {
+  LLMQ_ELEMENTWISE
   for (std::int64_t i = 0; i < n; ++i) x[i] += y[i];
 }
 
 // Rotate the pairs (x[i], x[i + half]) by the angles behind cos and sin, then multiply by `scale`.
 void rope(float* x, const float* cosine, const float* sine, std::int64_t half, float scale) {
   float* y = x + half;
+  LLMQ_ELEMENTWISE
   for (std::int64_t i = 0; i < half; ++i) {
     const float a = x[i], b = y[i];
     x[i] = (a * cosine[i] - b * sine[i]) * scale;
@@ -60,12 +64,14 @@ void rope(float* x, const float* cosine, const float* sine, std::int64_t half, f
 
 // out = silu(gate) * up
 void gated_silu(const float* gate, const float* up, std::int64_t n, float* out) {
+  LLMQ_ELEMENTWISE
   for (std::int64_t i = 0; i < n; ++i) out[i] = gate[i] * sigmoid(gate[i]) * up[i];
 }
 
 // out = gelu(gate) * up, gelu in its tanh form: x * (1 + tanh(u)) / 2 = x * sigmoid(2u), u = sqrt(2/pi)(x + 0.044715
 // x^3)
 void gated_gelu(const float* gate, const float* up, std::int64_t n, float* out) {
+  LLMQ_ELEMENTWISE
   for (std::int64_t i = 0; i < n; ++i) {
     const float x = gate[i];
     const float u = 0.79788456f * (x + 0.044715f * x * x * x);
@@ -76,5 +82,6 @@ void gated_gelu(const float* gate, const float* up, std::int64_t n, float* out) 
 // x = cap * tanh(x / cap)
 void softcap(float* x, std::int64_t n, float cap) {
   const float scale = 2.0f / cap;
+  LLMQ_ELEMENTWISE
   for (std::int64_t i = 0; i < n; ++i) x[i] = cap * (2.0f * sigmoid(x[i] * scale) - 1.0f);
 }
