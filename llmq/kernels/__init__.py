@@ -125,12 +125,11 @@ if _core:
 
 @functools.cache
 def _layout(n: int, k: int, scheme: QuantScheme) -> _core.Layout:
-    # 2- and 3-bit codes are stored in 4 bits, unchanged.
     return _core.Layout(
         n=n,
         k=k,
         source_group=scheme.group_width(k),
-        bits=max(scheme.bits, 4),
+        bits=scheme.bits,
         has_zero=not scheme.sym,
         mid=scheme.mid,
     )
@@ -185,7 +184,7 @@ def layout(w: PackedWeight) -> _core.Layout:
 
 
 def pack(t: QTensor) -> PackedWeight:
-    """The packed form of ``t`` for the kernel set in use; ``t`` is left alone. Codes of 2 and 3 bits take 4 bits here.
+    """The packed form of ``t`` for the kernel set in use; ``t`` is left alone.
 
     Raises ValueError when a code does not fit the scheme's bits.
     """
