@@ -129,8 +129,8 @@ def test_int8_activations_are_those_of_qlinear(folders, family: str) -> None:
     actual = decoder.forward(rows, sequences, output="all").view(24, 6, -1)
     expected = torch.stack([graph_logits(model, row) for row in rows])
     difference = (actual - expected).abs().amax(dim=(1, 2))
-    # Inputs that differ in their last bits round to the same int8, but for a rare value near a tie, which moves its token
-    # and those behind it by a step: hence short rows, most of which meet no tie.
+    # Inputs that differ in their last bits round to the same int8, but for a rare value near a tie, which moves its
+    # token and those behind it by a step: hence short rows, most of which meet no tie.
     assert (difference <= 1e-4).float().mean() >= 0.6
     assert difference.max() <= 0.5
     assert (1.01 * actual - expected).abs().max() > 1e-2  # one percent off would be seen in every row

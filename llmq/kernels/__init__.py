@@ -37,6 +37,7 @@ __all__ = [
     "available_isas",
     "current_isa",
     "layout",
+    "layout_version",
     "num_threads",
     "pack",
     "qgemm",
@@ -176,6 +177,11 @@ class PackedWeight:
             zero=0 if zero is None else zero.data_ptr(),
         )
         return QTensor(q, scale, zero, self.scheme)
+
+
+def layout_version() -> int:
+    """Version of the packed layout; packed bytes of another one cannot be read. 0 without the compiled module."""
+    return int(_core.LAYOUT_VERSION) if _core else 0
 
 
 def layout(w: PackedWeight) -> _core.Layout:

@@ -167,7 +167,7 @@ _DECODERS: weakref.WeakKeyDictionary[nn.Module, NativeDecoder] = weakref.WeakKey
 def core() -> Any:
     """The compiled module. Raises Unsupported where the kernels in use are not compiled ones."""
     if kernels._core is None or kernels.current_isa() == kernels.REFERENCE:
-        raise Unsupported("the kernels in use are plain torch (LLMQ_ISA=reference, or llmq was built without a compiler)")
+        raise Unsupported("the kernels in use are plain torch (LLMQ_ISA=reference, or no compiled module)")
     return kernels._core
 
 
@@ -305,6 +305,4 @@ class _Parts:
                     weight = weight.to(dtype)
                     break
         n, k = weight.shape
-        return core().Matrix.dense(
-            data=self._keep(weight), n=n, k=k, type=DENSE_TYPES[weight.dtype], bias=bias_at
-        )
+        return core().Matrix.dense(data=self._keep(weight), n=n, k=k, type=DENSE_TYPES[weight.dtype], bias=bias_at)
