@@ -39,6 +39,9 @@ struct Qgemm {
   std::int64_t out_stride;  // floats between rows of out
 };
 
+// Logits that the sampler looks at together.
+constexpr int kLogitBlock = 256;
+
 // Half-open range of panels or tokens.
 struct Range {
   std::int64_t begin, end;
@@ -60,6 +63,11 @@ struct KernelTable {
   // out f32[k] = dequantized row `row`.
   void (*take_row_w4)(const PackedMatrix& w, std::int64_t row, float* out);
   void (*take_row_w8)(const PackedMatrix& w, std::int64_t row, float* out);
+
+  // out f32[ceil(n / kLogitBlock)]: the largest of each block of x f32[n], NaN where the block holds a NaN.
+  void (*block_max)(const float* x, std::int64_t n, float* out);
+  // out f32[n] = exp((x - shift) * scale), 0 below exp(-88); no x may exceed shift. Returns the sum.
+  float (*exp_sum)(const float* x, std::int64_t n, float shift, float scale, float* out);
 
   // Read `words` 64-bit words once and return their xor: the machine's reading speed, to compare kernels with.
   std::uint64_t (*stream_read)(const std::uint64_t* data, std::int64_t words);
