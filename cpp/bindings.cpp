@@ -5,6 +5,7 @@
 
 #include <array>
 
+#include "bindings.h"
 #include "dispatch.h"
 #include "engine/linear.h"
 #include "engine/sampler.h"
@@ -16,13 +17,6 @@ using namespace py::literals;
 
 namespace llmq {
 namespace {
-
-using Address = std::uintptr_t;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 std::vector<std::string> isa_names() {
   std::vector<std::string> names;
@@ -118,6 +112,7 @@ PYBIND11_MODULE(_core, m) {
   using namespace llmq;
   m.doc() = "Compiled kernels of llmq; use them through llmq.kernels.";
   bind_layout(m);
+  bind_decoder(m);
   bind_sampler(m);
   m.def("isas", isa_names, "Kernel sets this CPU can run, best first.");
   m.def("isa", [] { return current_table().isa; }, "The kernel set in use.");

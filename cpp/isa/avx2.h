@@ -42,6 +42,15 @@ struct Isa {
   static Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
   static Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
   static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+  static Floats load(const float* p) { return _mm256_loadu_ps(p); }
+  static Floats brains_to_floats(const std::uint16_t* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static void store_halves(std::uint16_t* p, Floats a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+  }
   static void store(float* out, Floats a) { _mm256_storeu_ps(out, a); }
 };
 

@@ -8,6 +8,23 @@ namespace llmq {
 namespace {
 
 float half_to_float(std::uint16_t half);
+float bits_to_float(std::uint32_t bits);
+std::uint32_t float_to_bits(float value);
+
+// Float to IEEE half, ties to even; beyond the largest half: infinity. NaN stays NaN.
+std::uint16_t float_to_half(float value) {
+  const std::uint32_t bits = float_to_bits(value);
+  const std::uint32_t sign = bits >> 16 & 0x8000u;
+  const std::uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<std::uint16_t>(sign | 0x7e00u);
+  if (magnitude >= 0x477ff000u) return static_cast<std::uint16_t>(sign | 0x7c00u);
+  if (magnitude < 0x38800000u) {
+    // Below 2^-14 the half is denormal: adding 0.5 leaves its bits, rounded, at the end of the float.
+    const std::uint32_t shifted = float_to_bits(bits_to_float(magnitude) + 0.5f);
+    return static_cast<std::uint16_t>(sign | (shifted - 0x3f000000u));
+  }
+  return static_cast<std::uint16_t>(sign | (magnitude + 0x0fffu + (magnitude >> 13 & 1u) - 0x38000000u) >> 13);
+}
 
 typedef std::uint8_t Bytes16 __attribute__((vector_size(16)));
 typedef std::uint16_t UShorts8 __attribute__((vector_size(16)));
@@ -60,6 +77,19 @@ struct Isa {
   static Floats to_floats(Ints a) { return __builtin_convertvector(a, Floats); }
   static Floats mul(Floats a, Floats b) { return a * b; }
   static Floats add(Floats a, Floats b) { return a + b; }
+  static Floats fma(Floats a, Floats b, Floats c) { return a * b + c; }  // rounds twice: this CPU may have no fma
+  static Floats load(const float* p) {
+    Floats a;
+    __builtin_memcpy(&a, p, sizeof a);
+    return a;
+  }
+  static Floats brains_to_floats(const std::uint16_t* p) {
+    Ints4 bits{p[0], p[1], p[2], p[3]};
+    return (Floats)(bits << 16);
+  }
+  static void store_halves(std::uint16_t* p, Floats a) {
+    for (int i = 0; i < 4; ++i) p[i] = float_to_half(a[i]);
+  }
   static void store(float* out, Floats a) { __builtin_memcpy(out, &a, sizeof a); }
 };
 

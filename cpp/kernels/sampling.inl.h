@@ -42,24 +42,11 @@ void block_max(const float* x, std::int64_t n, float* out) {
   }
 }
 
-// exp(x) for x <= 0, relative error below 2^-22: x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial for e^r. Where n is
-// -127 (below -87.7, e^x is no normal float) the bits of 2^n are those of 0, and so is the result.
+// exp(x) for x <= 0; 0 below -87.7.
 LLMQ_INLINE float decay(float x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
   // The bound is taken on the integers: a branch on the float would keep the compiler from vectorizing.
   const std::int32_t magnitude = static_cast<std::int32_t>(float_to_bits(x) & 0x7fffffffu);
-  x = -bits_to_float(static_cast<std::uint32_t>(magnitude < 0x42b00000 ? magnitude : 0x42b00000));  // 88
-  const float shifted = x * 1.44269504f + kRound;
-  const float n = shifted - kRound;
-  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.0f / 720;
-  p = p * r + 1.0f / 120;
-  p = p * r + 1.0f / 24;
-  p = p * r + 1.0f / 6;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  return p * bits_to_float((float_to_bits(shifted) - float_to_bits(kRound) + 127u) << 23);
+  return exp_within_88(-bits_to_float(static_cast<std::uint32_t>(magnitude < 0x42b00000 ? magnitude : 0x42b00000)));
 }
 
 float exp_sum(const float* x, std::int64_t n, float shift, float scale, float* out) {

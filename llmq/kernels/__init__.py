@@ -36,6 +36,7 @@ __all__ = [
     "PackedWeight",
     "available_isas",
     "current_isa",
+    "layout",
     "num_threads",
     "pack",
     "qgemm",
@@ -176,6 +177,11 @@ class PackedWeight:
             zero=0 if zero is None else zero.data_ptr(),
         )
         return QTensor(q, scale, zero, self.scheme)
+
+
+def layout(w: PackedWeight) -> _core.Layout:
+    """The compiled description of a packed matrix, as the compiled decoder takes it."""
+    return _layout(w.n, w.k, w.scheme)
 
 
 def pack(t: QTensor) -> PackedWeight:
