@@ -32,8 +32,8 @@ class NativeCache(Cache):
         self.offsets: Tensor | None = None
 
     def begin(self, decoder: NativeDecoder, rows: int) -> None:
-        """Make the sequences, at the first call. Raises ValueError when the batch has another size than before."""
-        if not self.sequences:
+        """Make the sequences, as long as there is no column. Raises ValueError when the batch has grown or shrunk."""
+        if self.get_seq_length() == 0:
             self.sequences = [decoder.new_sequence() for _ in range(rows)]
             self.seen = torch.zeros(rows, 0, dtype=torch.bool)
         if len(self.sequences) != rows:

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmq.checkpoint import QUANT_METHOD, check_files, matrix_layout, parse_quantization_config
 from llmq.config import QuantScheme
+from llmq.runtime.causal_lm import adopt
 from llmq.runtime.qlinear import QEmbedding, QLinear, QuantizedMatrix, TiedHead
 
 
@@ -90,7 +91,7 @@ class LlmqQuantizer(HfQuantizer):
                 module.pack_()
             if isinstance(module, QEmbedding):
                 module.reset_output_scale(dtype)
-        return model
+        return adopt(model)
 
 
 def _module(model: nn.Module, name: str, where: str) -> nn.Module:

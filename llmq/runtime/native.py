@@ -34,7 +34,7 @@ LINEARS = {
 }
 NORMS = ("attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm", "q_norm", "k_norm")
 LAYER_TYPES = ("full_attention", "sliding_attention")
-_CACHED = "_llmq_native"
+CACHED = "_llmq_native"
 
 
 class Unsupported(Exception):
@@ -91,10 +91,10 @@ class NativeDecoder:
         Raises Unsupported saying what stands in the way.
         """
         core()
-        made = model.__dict__.get(_CACHED)
+        made = model.__dict__.get(CACHED)
         if not isinstance(made, cls) or not made._is_current(model):
             made = cls(model)
-            model.__dict__[_CACHED] = made
+            model.__dict__[CACHED] = made
         made.activation_bits = _activation_bits(made._modules)
         return made
 
