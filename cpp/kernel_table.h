@@ -90,6 +90,9 @@ struct FloatGemm {
   std::int64_t out_stride;
 };
 
+// Logits that the sampler looks at together.
+constexpr int kLogitBlock = 256;
+
 // Types of a dense matrix, in the order of the slots below.
 enum DenseType { kBrain, kHalf, kFloat, kDenseTypes };
 
@@ -129,6 +132,11 @@ struct KernelTable {
   // Key/value cache of f16 and of f32.
   void (*append_kv[2])(const KvView& kv, std::int64_t token, const float* key, const float* value);
   void (*attend[2])(const AttendJob& job);
+
+  // out f32[ceil(n / kLogitBlock)]: the largest of each block of x f32[n], NaN where the block holds a NaN.
+  void (*block_max)(const float* x, std::int64_t n, float* out);
+  // out f32[n] = exp((x - shift) * scale), 0 below exp(-88); no x may exceed shift. Returns the sum.
+  float (*exp_sum)(const float* x, std::int64_t n, float shift, float scale, float* out);
 
   // Read `words` 64-bit words once and return their xor: the machine's reading speed, to compare kernels with.
   std::uint64_t (*stream_read)(const std::uint64_t* data, std::int64_t words);

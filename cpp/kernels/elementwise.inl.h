@@ -2,12 +2,10 @@
 // ISA; the compiler vectorizes it. LLMQ_ELEMENTWISE: element i of the result needs element i of the inputs only, so an
 // output may be one of the inputs.
 
-// exp(x) for float x, relative error below 2^-22: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial for e^r. Below -87 the
-// result is that of -87 (1.6e-38), above 88 that of 88; NaN stays NaN.
-LLMQ_INLINE float fast_exp(float x) {
+// exp(x) for -88 <= x <= 88, relative error below 2^-22: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial for e^r. Where n
+// is -127 (below -87.7, e^x is no normal float) the bits of 2^n are those of 0, and so is the result.
+LLMQ_INLINE float exp_within_88(float x) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
   const float shifted = x * 1.44269504f + kMagic;
   const float n = shifted - kMagic;
   const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -19,6 +17,13 @@ LLMQ_INLINE float fast_exp(float x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   return p * bits_to_float((float_to_bits(shifted) - float_to_bits(kMagic) + 127u) << 23);
+}
+
+// exp(x) for float x. Below -87 the result is that of -87 (1.6e-38), above 88 that of 88; NaN stays NaN.
+LLMQ_INLINE float fast_exp(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  return exp_within_88(x);
 }
 
 LLMQ_INLINE float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }

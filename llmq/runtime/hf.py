@@ -19,6 +19,7 @@ from llmq.checkpoint import QUANT_METHOD, check_files, matrix_layout, parse_quan
 from llmq.config import QuantScheme
 from llmq.kernels import PackedWeight
 from llmq.runtime import packed_cache
+from llmq.runtime.causal_lm import adopt
 from llmq.runtime.qlinear import QEmbedding, QLinear, QuantizedMatrix, TiedHead
 
 
@@ -107,7 +108,7 @@ class LlmqQuantizer(HfQuantizer):
                 module.reset_output_scale(dtype)
         if self._files and not self._packed:
             packed_cache.save(self._files, matrices)
-        return model
+        return adopt(model)
 
 
 def _matrices(model: nn.Module) -> dict[str, QuantizedMatrix]:
