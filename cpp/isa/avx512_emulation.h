@@ -1,4 +1,4 @@
-// Test builds only (LLMQ_EMULATE_AVX512): the AVX-512 intrinsics of avx512vnni.h through SIMDe, on a CPU without them.
+// Test builds only (LLMQ_EMULATE_VNNI): the AVX-512 intrinsics of avx512vnni.h through SIMDe, on a CPU without them.
 #pragma once
 
 #define SIMDE_ENABLE_NATIVE_ALIASES

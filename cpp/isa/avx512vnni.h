@@ -2,8 +2,8 @@
 // and adds four products to each 32-bit lane.
 #pragma once
 
-#if defined(LLMQ_EMULATE_AVX512)
-#include "avx512_emulation.h"
+#if defined(LLMQ_EMULATE_VNNI)
+#include "isa/avx512_emulation.h"
 #else
 #include <immintrin.h>
 #endif
