@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.evaluation",
     ),
     ("llmq",),
-    ("llmq.quantize", "llmq.cli"),
+    ("llmq.quantize", "llmq.cli", "llmq.bench"),
     ("eval", "scripts"),
 )
 # Rooms that meet only in QTensor.

@@ -84,7 +84,7 @@ def export_gguf(folder: Path, path: Path, *, file_type: str = "f16", vocabulary:
     config = source.config.get_text_config()
     one_of("model_type of a GGUF export", config.model_type, GGUF_FAMILIES)
     family = GGUF_FAMILIES[config.model_type]
-    _check_layers(config)
+    _check_layers(config, family)
     dtype, kind = FILE_TYPES[file_type]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[family.arch])
     writer.add_file_type(kind)
@@ -120,11 +120,17 @@ def _head_dim(config: Any) -> int:
 def _rope(config: Any) -> dict[str, Any]:
     """Rope parameters of the layers with full attention."""
     rope: dict[str, Any] = config.rope_parameters
-    return rope.get("full_attention", rope)
+    full: dict[str, Any] = rope.get("full_attention", rope)
+    return full
 
 
-def _check_layers(config: Any) -> None:
-    """The file has no field for Gemma 3's pattern of layers: refuse one that llama.cpp would read otherwise."""
+def _check_layers(config: Any, family: GgufFamily) -> None:
+    """Refuse windows that the file has no field for: llama.cpp would run another model."""
+    if getattr(config, "sliding_window", None) and _sliding_window not in family.extras:
+        raise ValueError(
+            f"{config.model_type} with a sliding window of {config.sliding_window} cannot be written:"
+            f" GGUF's {family.arch.name} has none; a model without one can"
+        )
     kinds = getattr(config, "layer_types", None)
     if config.model_type == "gemma3_text" and kinds is not None:
         for i, kind in enumerate(kinds):
@@ -214,4 +220,5 @@ def llama3_divisors(rope: dict[str, Any], head_dim: int) -> Tensor:
     frequencies = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     turns = context * frequencies / (2 * math.pi)  # of the original context
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / (smooth + (1 - smooth) / factor)).float()
+    divisors: Tensor = 1 / (smooth + (1 - smooth) / factor)
+    return divisors.float()
