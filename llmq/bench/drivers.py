@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llmq.bench.engines import Engine, Program
+from llmq.bench.machine import peak_memory
 
 MARK = "llmq-bench-result "  # begins the one line of a worker's output that is its result
+LOOK_SECONDS = 0.02  # between two looks at a process and its memory
 BATCH_PROMPT = 32  # tokens of each sequence before a batch is timed
 
 
@@ -63,7 +65,7 @@ class Result:
     Attributes:
         speeds: measurement -> tokens/s, one for each repeat.
         load_seconds: from the file to the ready model (llama-bench: a whole run of one token).
-        peak_bytes: largest resident memory of the process.
+        peak_bytes: largest resident memory of the process, looked at every 20 ms.
         start_bytes: resident memory before the model was loaded (Python, torch); 0 for a program.
         cpu_seconds: of the process.
         version: of the engine.
@@ -98,25 +100,31 @@ def run_process(command: list[str], threads: int) -> Finished:
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     env = {**os.environ, **dict.fromkeys(pools, str(threads)), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryFile() as errors:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         start = time.monotonic()
-        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True)
-        assert process.stdout is not None
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=errors)
+        peak = 0
         try:
-            output = process.stdout.read()
-            _, status, usage = os.wait4(process.pid, 0)
+            while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
+                peak = max(peak, peak_memory(process.pid))
+                time.sleep(LOOK_SECONDS)
         except BaseException:
             process.kill()
+            process.wait()
             raise
-        process.returncode = os.waitstatus_to_exitcode(status)
-        process.stdout.close()
         seconds = time.monotonic() - start
+        _, status, usage = ended
+        process.returncode = os.waitstatus_to_exitcode(status)
+        output, words = (_text(file) for file in (out, errors))
         if process.returncode:
-            errors.seek(0)
-            words = errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
-            raise EngineFailed(f"{Path(command[0]).name} ended with code {process.returncode}: {words[-1][:300]}")
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB on Linux
-    return Finished(output, seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit)
+            last = (words.strip().splitlines() or ["no message"])[-1]
+            raise EngineFailed(f"{Path(command[0]).name} ended with code {process.returncode}: {last[:300]}")
+    return Finished(output, seconds, usage.ru_utime + usage.ru_stime, peak)
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 def _worker(backend: str) -> Callable[[Engine, Path, Plan, int], Result]:

@@ -19,10 +19,7 @@ from llmq.pipeline import quantize_model
 Log = Callable[[str], None]
 # Raised when an engine's files would come out differently, so that older ones are not used.
 FILES = 1
-INSTALL_LLAMA = (
-    "CMAKE_ARGS='-DGGML_NATIVE=ON' pip install --no-binary llama-cpp-python llama-cpp-python, or name a llama-bench"
-    " with --llama-bench"
-)
+INSTALL_LLAMA = "CMAKE_ARGS=-DGGML_NATIVE=ON pip install 'llmq[bench]', or name a built llama-bench with --llama-bench"
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def _torch(dtype: str, bits: int) -> Engine:
 def _llama(quantization: str, *options: str) -> Engine:
     def make(source: Source, path: Path, log: Log) -> None:
         full = made(source, "f16.gguf", _export, log)
-        log(f"writing {path.name} with llama.cpp's quantizer")
+        log(f"writing the GGUF in {' '.join((quantization, *options))}")
         quantize_gguf(source, full, path, quantization, options)
 
     make_file = _export if quantization == "F16" else make
@@ -121,7 +118,7 @@ def _llama(quantization: str, *options: str) -> Engine:
 
 
 def _export(source: Source, path: Path, log: Log) -> None:
-    log(f"writing the checkpoint as {path.name}")
+    log("writing the checkpoint as GGUF in float16")
     export_gguf(source.folder, path)
 
 

@@ -87,26 +87,30 @@ def export_gguf(folder: Path, path: Path, *, file_type: str = "f16", vocabulary:
     _check_layers(config, family)
     dtype, kind = FILE_TYPES[file_type]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[family.arch])
-    writer.add_file_type(kind)
-    _add_config(writer, config, family)
-    _add_vocabulary(writer, vocabulary)
-    tensors = list(_plan(source, family))
-    for name, _, shape in tensors:
-        stored = torch.float32 if len(shape) == 1 else dtype
-        # gguf takes numpy's names of dtypes.
-        writer.add_tensor_info(name, shape, _numpy_dtype(stored), math.prod(shape) * stored.itemsize)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for name, read, shape in tensors:
-        value = read().float()
-        if len(shape) > 1:
-            value = value.to(dtype)
-        if not bool(value.isfinite().all()):
-            raise ValueError(f"{folder}: {name} has values that {file_type} does not hold; use file_type 'f32'")
-        writer.write_tensor_data(value.numpy())
-    writer.close()
+    try:
+        writer.add_file_type(kind)
+        _add_config(writer, config, family)
+        _add_vocabulary(writer, vocabulary)
+        tensors = list(_plan(source, family))
+        for name, _, shape in tensors:
+            stored = _stored(shape, dtype)
+            writer.add_tensor_info(name, shape, _numpy_dtype(stored), math.prod(shape) * stored.itemsize)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, read, shape in tensors:
+            value = read().float().to(_stored(shape, dtype))
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"{folder}: {name} has values that {file_type} does not hold; use file_type 'f32'")
+            writer.write_tensor_data(value.numpy())
+    finally:
+        writer.close()
     return path
+
+
+def _stored(shape: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
+    """llama.cpp wants vectors in float32."""
+    return torch.float32 if len(shape) == 1 else dtype
 
 
 def _numpy_dtype(dtype: torch.dtype) -> Any:

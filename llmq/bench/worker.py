@@ -7,13 +7,13 @@ the second new token on, so that it holds no prefill. Greedy, end-of-text tokens
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from llmq.bench.drivers import BATCH_PROMPT, MARK
+from llmq.bench.machine import peak_memory
 
 WARM_UP = 16  # tokens of the first prompt, which is not timed
 
@@ -175,7 +175,7 @@ BACKENDS: dict[str, Callable[..., Session]] = {"transformers": Transformers, "ll
 def run(order: dict[str, Any]) -> dict[str, Any]:
     """Load, warm up, measure what the order's plan says; the fields of ``drivers.Result`` that the worker knows."""
     plan, backend = order.pop("plan"), BACKENDS[order.pop("backend")]
-    start_bytes = _resident_bytes()
+    start_bytes = peak_memory()
     start = time.perf_counter()
     session = backend(**order)
     load_seconds = time.perf_counter() - start
@@ -191,11 +191,6 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
     for batch in plan["batches"]:
         speeds[f"batch {batch}"] = [batch / session.decode(BATCH_PROMPT, new, batch) for _ in range(plan["repeats"])]
     return {"speeds": speeds, "load_seconds": load_seconds, "start_bytes": start_bytes, "version": session.version}
-
-
-def _resident_bytes() -> int:
-    """Largest resident memory so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def main() -> None:
