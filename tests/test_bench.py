@@ -48,7 +48,9 @@ def fake_program(folder: Path, usage: str) -> tuple[Program, Path]:
 
 
 @pytest.mark.parametrize(
-    ("usage", "depth"), [("-d, --n-depth <n>", 1.0 + 512), ("-gp <pp,tg>", 2.0 + 512)], ids=["depth", "older fork"]
+    ("usage", "depth"),
+    [("-d, --n-depth <n> -lm, --load-mode", 1.0 + 512), ("-gp <pp,tg> -mmp <0|1>", 2.0 + 512)],
+    ids=["new", "older fork"],
 )
 def test_llama_bench_is_asked_and_read(tmp_path: Path, usage: str, depth: float) -> None:
     program, log = fake_program(tmp_path, usage)
@@ -62,6 +64,7 @@ def test_llama_bench_is_asked_and_read(tmp_path: Path, usage: str, depth: float)
         asked = json.loads(line)
         assert asked[asked.index("-t") + 1] == "3"
         assert asked[asked.index("-rtr") + 1] == "1"
+        assert ("-mmp" in asked, "--load-mode" in asked) == ("-mmp" in usage, "--load-mode" in usage)
 
 
 def test_a_program_that_fails_says_so(tmp_path: Path) -> None:

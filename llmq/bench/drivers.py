@@ -146,8 +146,9 @@ def run_llama_bench(engine: Engine, path: Path, plan: Plan, threads: int) -> Res
     """One short run of a llama-bench program for the load time, then one for each kind of measurement."""
     program = engine.program
     assert program is not None
-    base = [str(program.path), "-m", str(path), "-t", str(threads), "-fa", "1", "-mmp", "0", "-o", "json"]
-    base += program.options
+    usage = _usage(program.path)
+    base = [str(program.path), "-m", str(path), "-t", str(threads), "-fa", "1", "-o", "json"]
+    base += [*_no_mmap(usage), *program.options]
     runs = [run_process([*base, "-p", "1", "-n", "0", "-r", "1"], threads)]
     load, rows = runs[0].seconds, _rows(runs[0])
     repeat = ["-r", str(plan.repeats)]
@@ -155,7 +156,7 @@ def run_llama_bench(engine: Engine, path: Path, plan: Plan, threads: int) -> Res
         runs.append(run_process([*base, *repeat, "-n", "0", "-p", ",".join(map(str, plan.prefill))], threads))
         rows += _rows(runs[-1])
     if plan.depths:
-        runs.append(run_process([*base, *repeat, "-p", "0", *_depth_options(program, plan)], threads))
+        runs.append(run_process([*base, *repeat, "-p", "0", *_depth_options(usage, plan)], threads))
         rows += _rows(runs[-1])
     speeds = {key: samples for row in rows for key, samples in [_speed(row)] if key in plan.measurements()}
     if plan.batches:
@@ -190,11 +191,22 @@ def _speed(row: dict[str, Any]) -> tuple[str, list[float]]:
     return f"decode {row.get('n_depth') or row['n_prompt']}", row["samples_ts"]
 
 
-def _depth_options(program: Program, plan: Plan) -> list[str]:
+def _usage(program: Path) -> str:
+    """What a program says of its options, which differ between forks and versions."""
+    done = subprocess.run([program, "--help"], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
+def _no_mmap(usage: str) -> list[str]:
+    """Weights in memory of the process, as the other engines have them; page faults are not timed."""
+    ways = {"--load-mode": ["--load-mode", "none"], "-mmp": ["-mmp", "0"], "--no-mmap": ["--no-mmap"]}
+    return next((options for word, options in ways.items() if word in usage), [])
+
+
+def _depth_options(usage: str, plan: Plan) -> list[str]:
     """Options for decoding after some context: ``-d``, or ``-gp`` in forks that are older than it."""
     new = str(plan.new_tokens)
-    usage = subprocess.run([program.path, "--help"], capture_output=True, text=True, check=False)
-    if "--n-depth" in usage.stdout + usage.stderr:
+    if "--n-depth" in usage:
         return ["-n", new, "-d", ",".join(map(str, plan.depths))]
     options = ["-n", new if 0 in plan.depths else "0"]
     for depth in filter(None, plan.depths):
@@ -208,7 +220,8 @@ def _batched(program: Program, path: Path, plan: Plan, threads: int) -> Finished
     if batched is None:
         raise EngineFailed(f"batches need llama-batched-bench beside {program.path}; build that target too")
     context = max(plan.batches) * (BATCH_PROMPT + plan.new_tokens)
-    command = [str(batched), "-m", str(path), "-t", str(threads), "-fa", "on", "--no-mmap", "-c", str(context)]
+    command = [str(batched), "-m", str(path), "-t", str(threads), "-fa", "on", "-c", str(context)]
+    command += _no_mmap(_usage(batched))
     command += ["-npp", str(BATCH_PROMPT), "-ntg", str(plan.new_tokens), "-npl", ",".join(map(str, plan.batches))]
     return run_process([*command, "--output-format", "jsonl"], threads)
 
