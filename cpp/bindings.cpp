@@ -3,8 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+
+#include "bindings.h"
 #include "dispatch.h"
 #include "engine/linear.h"
+#include "engine/sampler.h"
 #include "engine/thread_pool.h"
 #include "layout.h"
 
@@ -13,13 +17,6 @@ using namespace py::literals;
 
 namespace llmq {
 namespace {
-
-using Address = std::uintptr_t;
-
-template <class T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 std::vector<std::string> isa_names() {
   std::vector<std::string> names;
@@ -69,6 +66,45 @@ void bind_layout(py::module_& m) {
           py::kw_only(), "data"_a, "nbytes"_a, "ids"_a, "count"_a, "out"_a);
 }
 
+Sampler make_sampler(std::int64_t vocabulary, bool greedy, float repetition_penalty, float temperature,
+                     std::int64_t top_k, double top_p, float min_p, std::uint64_t seed) {
+  return Sampler(vocabulary, {.greedy = greedy,
+                              .repetition_penalty = repetition_penalty,
+                              .temperature = temperature,
+                              .top_k = top_k,
+                              .top_p = top_p,
+                              .min_p = min_p,
+                              .seed = seed});
+}
+
+void bind_sampler(py::module_& m) {
+  py::class_<Sampler>(m, "Sampler", "Chooses tokens; one object for one thread at a time.")
+      .def(py::init(&make_sampler), py::kw_only(), "vocabulary"_a, "greedy"_a, "repetition_penalty"_a, "temperature"_a,
+           "top_k"_a, "top_p"_a, "min_p"_a, "seed"_a)
+      .def(
+          "sample",
+          [](Sampler& sampler, Address logits, Address history, std::int64_t history_size, Address banned,
+             std::int64_t banned_size, std::uint64_t stream, std::uint64_t position, Address probabilities) {
+            const py::gil_scoped_release unlocked;
+            const Draw draw{at<float>(logits), at<const std::int64_t>(history),
+                            history_size,      at<const std::int64_t>(banned),
+                            banned_size,       stream,
+                            position};
+            return sampler.sample(current_table(), draw, at<float>(probabilities));
+          },
+          "logits"_a, "history"_a, "history_size"_a, "banned"_a, "banned_size"_a, "stream"_a, "position"_a,
+          "probabilities"_a = 0);
+  m.def("uniform", &uniform, "seed"_a, "stream"_a, "position"_a, "The sampler's random number in [0, 1).");
+  m.def(
+      "philox",
+      [](std::array<std::uint32_t, 4> counter, std::array<std::uint32_t, 2> key) {
+        std::uint32_t c[4] = {counter[0], counter[1], counter[2], counter[3]}, k[2] = {key[0], key[1]};
+        philox(c, k);
+        return std::array<std::uint32_t, 4>{c[0], c[1], c[2], c[3]};
+      },
+      "counter"_a, "key"_a, "Block function of the generator Philox4x32-10.");
+}
+
 }  // namespace
 }  // namespace llmq
 
@@ -76,6 +112,9 @@ PYBIND11_MODULE(_core, m) {
   using namespace llmq;
   m.doc() = "Compiled kernels of llmq; use them through llmq.kernels.";
   bind_layout(m);
+  bind_decoder(m);
+  m.attr("LAYOUT_VERSION") = kLayoutVersion;
+  bind_sampler(m);
   m.def("isas", isa_names, "Kernel sets this CPU can run, best first.");
   m.def("isa", [] { return current_table().isa; }, "The kernel set in use.");
   m.def("use_isa", use_table, "isa"_a, "Use another kernel set; ValueError lists the available ones.");
@@ -100,6 +139,16 @@ PYBIND11_MODULE(_core, m) {
         current_table().quantize_rows(at<const float>(x), {0, rows}, k, group, out);
       },
       py::kw_only(), "x"_a, "m"_a, "k"_a, "group"_a, "stride"_a, "q"_a, "scale"_a, "total"_a);
+  m.def(
+      "block_max",
+      [](Address x, std::int64_t n, Address out) { current_table().block_max(at<const float>(x), n, at<float>(out)); },
+      py::kw_only(), "x"_a, "n"_a, "out"_a);
+  m.def(
+      "exp_sum",
+      [](Address x, std::int64_t n, float shift, float scale, Address out) {
+        return current_table().exp_sum(at<const float>(x), n, shift, scale, at<float>(out));
+      },
+      py::kw_only(), "x"_a, "n"_a, "shift"_a, "scale"_a, "out"_a);
   m.def(
       "stream_read",
       [](Address data, std::int64_t nbytes) {

@@ -36,6 +36,9 @@ __all__ = [
     "PackedWeight",
     "available_isas",
     "current_isa",
+    "follow_torch",
+    "layout",
+    "layout_version",
     "num_threads",
     "pack",
     "qgemm",
@@ -49,6 +52,7 @@ REFERENCE = "reference"
 _ROWS_AT_A_TIME = 4096
 
 _chosen: str | None = None  # the ISA in use once it is known
+_torch_threads = torch.get_num_threads()  # torch's number of threads when the kernels' was last settled
 
 
 def available_isas() -> list[str]:
@@ -87,16 +91,31 @@ def _choose(name: str, source: str) -> None:
 
 def num_threads() -> int:
     """Threads the compiled kernels use (see :func:`set_num_threads`)."""
+    follow_torch()
     return _core.num_threads() if _core else torch.get_num_threads()
 
 
 def set_num_threads(n: int) -> None:
-    """Threads that share a kernel call, the caller included.
+    """Threads that share a kernel call, the caller included. Raises ValueError when ``n`` is not 1 to 1024.
 
-    The default is ``LLMQ_NUM_THREADS``, else the physical cores among the CPUs this process may run on. Without the
-    compiled module this sets torch's threads. Raises ValueError when ``n`` is not 1 to 1024.
+    The default is ``LLMQ_NUM_THREADS``; without it, as many as torch uses (``torch.get_num_threads()``), but no more than
+    the physical cores among the CPUs this process may run on. A later ``torch.set_num_threads`` changes the kernels'
+    threads, too, unless ``LLMQ_NUM_THREADS`` is set: the last word counts. Without the compiled module this sets torch's
+    threads.
     """
+    global _torch_threads
     (_core.set_num_threads if _core else torch.set_num_threads)(n)
+    _torch_threads = torch.get_num_threads()
+
+
+def follow_torch() -> None:
+    """Take over what ``torch.set_num_threads`` was told since the last look, unless ``LLMQ_NUM_THREADS`` is set."""
+    global _torch_threads
+    now = torch.get_num_threads()
+    if now != _torch_threads:
+        _torch_threads = now
+        if _core and not os.environ.get("LLMQ_NUM_THREADS"):
+            _core.set_num_threads(now)
 
 
 def _default_threads() -> int:
@@ -107,7 +126,7 @@ def _default_threads() -> int:
         return int(text)
     cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     # CPUs that list the same siblings are threads of one core: a second one there slows the first down.
-    return max(1, min(1024, len({_siblings(cpu) for cpu in cpus})))
+    return max(1, min(torch.get_num_threads(), len({_siblings(cpu) for cpu in cpus})))
 
 
 def _siblings(cpu: int) -> str:
@@ -124,12 +143,11 @@ if _core:
 
 @functools.cache
 def _layout(n: int, k: int, scheme: QuantScheme) -> _core.Layout:
-    # 2- and 3-bit codes are stored in 4 bits, unchanged.
     return _core.Layout(
         n=n,
         k=k,
         source_group=scheme.group_width(k),
-        bits=max(scheme.bits, 4),
+        bits=scheme.bits,
         has_zero=not scheme.sym,
         mid=scheme.mid,
     )
@@ -178,8 +196,18 @@ class PackedWeight:
         return QTensor(q, scale, zero, self.scheme)
 
 
+def layout_version() -> int:
+    """Version of the packed layout; packed bytes of another one cannot be read. 0 without the compiled module."""
+    return int(_core.LAYOUT_VERSION) if _core else 0
+
+
+def layout(w: PackedWeight) -> _core.Layout:
+    """The compiled description of a packed matrix, as the compiled decoder takes it."""
+    return _layout(w.n, w.k, w.scheme)
+
+
 def pack(t: QTensor) -> PackedWeight:
-    """The packed form of ``t`` for the kernel set in use; ``t`` is left alone. Codes of 2 and 3 bits take 4 bits here.
+    """The packed form of ``t`` for the kernel set in use; ``t`` is left alone.
 
     Raises ValueError when a code does not fit the scheme's bits.
     """
@@ -227,6 +255,7 @@ def qgemm(x: Tensor, w: PackedWeight, *, bias: Tensor | None = None, activation_
         return _qgemm_float(x, w, bias, activation_bits)
     if isinstance(w.data, QTensor) or current_isa() == REFERENCE:
         return reference.qgemm(x.detach(), w.unpack(), bias=bias)
+    follow_torch()
     x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     out = torch.empty(x.shape[0], w.n)
     _layout(w.n, w.k, w.scheme).qgemm(

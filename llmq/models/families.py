@@ -5,7 +5,7 @@ Names are relative to a decoder block (``self_attn.q_proj``) or to the whole mod
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,24 @@ class SmoothPair:
 
 
 @dataclass(frozen=True)
+class DecoderNames:
+    """Where the native decoder finds the norms of a block; None: the family has no such norm.
+
+    ``attention_norm`` and ``ffn_norm`` come before the two halves of a block, the ``post`` norms after them, before the
+    residual is added. ``all_slide``: every layer sees ``config.sliding_window`` tokens (where other families list their
+    ``layer_types``).
+    """
+
+    attention_norm: str = "input_layernorm"
+    attention_post_norm: str | None = None
+    ffn_norm: str = "post_attention_layernorm"
+    ffn_post_norm: str | None = None
+    q_norm: str | None = None
+    k_norm: str | None = None
+    all_slide: bool = False
+
+
+@dataclass(frozen=True)
 class ModelFamily:
     """What llmq must know of a family of decoders beyond what its Hugging Face module tree says.
 
@@ -35,6 +53,7 @@ class ModelFamily:
         smooth_pairs: where AWQ may fold scales.
         no_clip: linears whose clipping AWQ leaves alone (q/k: errors pass through the softmax).
         norm_offset: 1.0 where the norm multiplies by ``1 + weight`` (Gemma), else 0.0.
+        native: names for the native decoder; None: the family runs in the Hugging Face graph only.
         key_renames: (regex, replacement) from checkpoint tensor names to module names, applied in order.
     """
 
@@ -56,6 +75,7 @@ class ModelFamily:
     )
     no_clip: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj")
     norm_offset: float = 0.0
+    native: DecoderNames | None = None
     key_renames: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -74,13 +94,21 @@ _GEMMA2_PAIRS = (
     *_GEMMA3_PAIRS,
 )
 
+_QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+_GEMMA2_NORMS = DecoderNames(
+    attention_post_norm="post_attention_layernorm",
+    ffn_norm="pre_feedforward_layernorm",
+    ffn_post_norm="post_feedforward_layernorm",
+)
+_GEMMA3_NORMS = replace(_GEMMA2_NORMS, **_QK_NORMS)
+
 FAMILIES: tuple[ModelFamily, ...] = (
-    ModelFamily("llama", ("llama",)),
-    ModelFamily("mistral", ("mistral",)),
-    ModelFamily("qwen2", ("qwen2",)),
-    ModelFamily("qwen3", ("qwen3",)),
-    ModelFamily("gemma2", ("gemma2",), smooth_pairs=_GEMMA2_PAIRS, norm_offset=1.0),
-    ModelFamily("gemma3", ("gemma3_text",), smooth_pairs=_GEMMA3_PAIRS, norm_offset=1.0),
+    ModelFamily("llama", ("llama",), native=DecoderNames()),
+    ModelFamily("mistral", ("mistral",), native=DecoderNames(all_slide=True)),
+    ModelFamily("qwen2", ("qwen2",), native=DecoderNames()),
+    ModelFamily("qwen3", ("qwen3",), native=DecoderNames(**_QK_NORMS)),
+    ModelFamily("gemma2", ("gemma2",), smooth_pairs=_GEMMA2_PAIRS, norm_offset=1.0, native=_GEMMA2_NORMS),
+    ModelFamily("gemma3", ("gemma3_text",), smooth_pairs=_GEMMA3_PAIRS, norm_offset=1.0, native=_GEMMA3_NORMS),
     ModelFamily(
         "gemma3-multimodal",
         ("gemma3",),

@@ -1,0 +1,122 @@
+// The decoder's part of the Python module llmq._core; llmq/runtime/native.py is its one caller.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "dispatch.h"
+#include "engine/decoder.h"
+
+namespace py = pybind11;
+using namespace py::literals;
+
+namespace llmq {
+namespace {
+
+void bind_matrix(py::module_& m) {
+  py::class_<Matrix>(m, "Matrix", "A weight matrix of the decoder; its memory belongs to the caller.")
+      .def_static(
+          "packed",
+          [](const Layout& layout, Address data, std::size_t nbytes, Address bias) {
+            return Matrix::of_packed(layout, layout.view(at<const void>(data), nbytes), at<const float>(bias));
+          },
+          py::kw_only(), "layout"_a, "data"_a, "nbytes"_a, "bias"_a)
+      .def_static(
+          "dense",
+          [](Address data, std::int64_t n, std::int64_t k, int type, Address bias) {
+            return Matrix::of_dense(at<const void>(data), n, k, static_cast<DenseType>(type), at<const float>(bias));
+          },
+          py::kw_only(), "data"_a, "n"_a, "k"_a, "type"_a, "bias"_a, "type: 0 bf16, 1 f16, 2 f32");
+}
+
+// A pointer to floats that Python sets as an address.
+template <class Owner>
+void vector_field(py::class_<Owner>& owner, const char* name, const float* Owner::* field) {
+  owner.def_property(
+      name, [field](const Owner& o) { return reinterpret_cast<Address>(o.*field); },
+      [field](Owner& o, Address address) { o.*field = at<const float>(address); });
+}
+
+void bind_spec(py::module_& m) {
+  py::class_<Rope>(m, "Rope").def(py::init<std::vector<float>, float>(), py::kw_only(), "inverse_frequency"_a,
+                                  "scaling"_a);
+  py::class_<DecoderLayer> layer(m, "DecoderLayer");
+  layer.def(py::init<>())
+      .def_readwrite("q", &DecoderLayer::q)
+      .def_readwrite("k", &DecoderLayer::k)
+      .def_readwrite("v", &DecoderLayer::v)
+      .def_readwrite("o", &DecoderLayer::o)
+      .def_readwrite("gate", &DecoderLayer::gate)
+      .def_readwrite("up", &DecoderLayer::up)
+      .def_readwrite("down", &DecoderLayer::down)
+      .def_readwrite("window", &DecoderLayer::window)
+      .def_readwrite("rope", &DecoderLayer::rope);
+  vector_field(layer, "attention_norm", &DecoderLayer::attention_norm);
+  vector_field(layer, "attention_post_norm", &DecoderLayer::attention_post_norm);
+  vector_field(layer, "ffn_norm", &DecoderLayer::ffn_norm);
+  vector_field(layer, "ffn_post_norm", &DecoderLayer::ffn_post_norm);
+  vector_field(layer, "q_norm", &DecoderLayer::q_norm);
+  vector_field(layer, "k_norm", &DecoderLayer::k_norm);
+
+  py::class_<DecoderSpec> spec(m, "DecoderSpec");
+  spec.def(py::init<>())
+      .def_readwrite("hidden", &DecoderSpec::hidden)
+      .def_readwrite("heads", &DecoderSpec::heads)
+      .def_readwrite("kv_heads", &DecoderSpec::kv_heads)
+      .def_readwrite("head_dim", &DecoderSpec::head_dim)
+      .def_readwrite("max_positions", &DecoderSpec::max_positions)
+      .def_readwrite("eps", &DecoderSpec::eps)
+      .def_readwrite("attention_scale", &DecoderSpec::attention_scale)
+      .def_readwrite("embedding_scale", &DecoderSpec::embedding_scale)
+      .def_readwrite("attention_softcap", &DecoderSpec::attention_softcap)
+      .def_readwrite("final_softcap", &DecoderSpec::final_softcap)
+      .def_property(
+          "activation", [](const DecoderSpec& s) { return static_cast<int>(s.activation); },
+          [](DecoderSpec& s, int value) { s.activation = static_cast<Activation>(value); }, "0 silu, 1 gelu (tanh)")
+      .def_readwrite("ropes", &DecoderSpec::ropes)
+      .def_readwrite("layers", &DecoderSpec::layers)
+      .def_readwrite("embedding", &DecoderSpec::embedding)
+      .def_readwrite("head", &DecoderSpec::head);
+  vector_field(spec, "final_norm", &DecoderSpec::final_norm);
+}
+
+}  // namespace
+
+void bind_decoder(py::module_& m) {
+  bind_matrix(m);
+  bind_spec(m);
+  py::class_<Sequence>(m, "Sequence", "Keys and values of one sequence.")
+      .def_property_readonly("length", &Sequence::length)
+      .def_property_readonly("nbytes", &Sequence::bytes)
+      .def("crop", &Sequence::crop, "length"_a)
+      .def("copy", [](const Sequence& s) { return std::make_unique<Sequence>(s); });
+  py::class_<Decoder>(m, "Decoder", "Steps of a whole model; see cpp/engine/decoder.h.")
+      .def(py::init<DecoderSpec>(), "spec"_a)
+      .def(
+          "new_sequence",
+          [](const Decoder& d, bool full_floats) { return std::make_unique<Sequence>(d.kv_shape(full_floats)); },
+          py::kw_only(), "full_floats"_a)
+      .def(
+          "forward",
+          [](const Decoder& d, Address ids, std::vector<std::int64_t> counts, std::vector<Sequence*> sequences,
+             int output, bool float_activations, Address out) {
+            const Step step{.ids = at<const std::int64_t>(ids),
+                            .counts = std::move(counts),
+                            .sequences = std::move(sequences),
+                            .output = static_cast<Output>(output),
+                            .float_activations = float_activations,
+                            .out = at<float>(out)};
+            const py::gil_scoped_release unlocked;
+            d.forward(current_table(), step);
+          },
+          py::kw_only(), "ids"_a, "counts"_a, "sequences"_a, "output"_a, "float_activations"_a, "out"_a,
+          "output: 0 logits of the last token of each sequence, 1 of all tokens, 2 final states of all tokens")
+      .def(
+          "logits",
+          [](const Decoder& d, Address states, std::int64_t rows, bool float_activations, Address out) {
+            const py::gil_scoped_release unlocked;
+            d.logits(current_table(), at<const float>(states), rows, float_activations, at<float>(out));
+          },
+          py::kw_only(), "states"_a, "rows"_a, "float_activations"_a, "out"_a);
+}
+
+}  // namespace llmq

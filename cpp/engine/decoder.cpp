@@ -1,0 +1,405 @@
+#include "engine/decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <string>
+
+#include "engine/attention.h"
+#include "engine/thread_pool.h"
+
+namespace llmq {
+namespace {
+
+// Tokens processed together: enough to reuse an unpacked weight many times, few enough for the activations to stay in
+// the last cache.
+constexpr std::int64_t kChunkTokens = 512;
+// Rows of gate and up that a task turns into int8 at once: a multiple of every kernel group, or the whole row.
+constexpr std::int64_t kFfnRows = 128;
+// Floats below which a row-wise pass stays in the calling thread.
+constexpr std::int64_t kAloneFloats = 1 << 14;
+constexpr std::int64_t kColumnPadding = 64;
+
+std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// f(row) for rows 0 .. m - 1 of `width` floats each.
+template <class F>
+void for_rows(std::int64_t m, std::int64_t width, const F& f) {
+  if (m * width < kAloneFloats || num_threads() == 1) {
+    for (std::int64_t row = 0; row < m; ++row) f(row);
+    return;
+  }
+  const std::int64_t chunk = std::max<std::int64_t>(1, ceil_div(m, num_threads() * 4));
+  parallel_for(ceil_div(m, chunk), [&](std::int64_t c) noexcept {
+    for (std::int64_t row = c * chunk; row < std::min(m, (c + 1) * chunk); ++row) f(row);
+  });
+}
+
+// Rows of floats and their int8 forms; memory is kept and only ever enlarged.
+class InputBuffer {
+ public:
+  // Room for m rows of k columns, in the int8 groups that `matrices` ask for (none with float activations).
+  Inputs& prepare(std::int64_t m, std::int64_t k, const std::vector<const Matrix*>& matrices, bool float_activations) {
+    grow(x_, m * k);
+    view_ = Inputs{};
+    view_.x = x_.data(), view_.m = m, view_.k = k;
+    for (const Matrix* w : matrices) {
+      if (!w->quantized() || float_activations) continue;
+      const auto end = view_.width.begin() + view_.count;
+      if (std::find(view_.width.begin(), end, w->packed.group) == end) add_width(m, k, w->packed.group);
+    }
+    return view_;
+  }
+
+  float* row(std::int64_t r) { return x_.data() + r * view_.k; }
+
+  void quantize_row(const KernelTable& table, std::int64_t r) const {
+    for (int i = 0; i < view_.count; ++i) {
+      table.quantize_rows(view_.x, {r, r + 1}, view_.k, view_.width[i], view_.quantized[i]);
+    }
+  }
+
+ private:
+  template <class T>
+  static void grow(std::vector<T>& v, std::int64_t size) {
+    if (static_cast<std::int64_t>(v.size()) < size) v.resize(static_cast<std::size_t>(size));
+  }
+
+  void add_width(std::int64_t m, std::int64_t k, std::int64_t width) {
+    const int i = view_.count++;
+    const std::int64_t stride = ceil_div(k, kColumnPadding) * kColumnPadding, groups = ceil_div(k, width);
+    q_[i].assign(static_cast<std::size_t>(m * stride), 0);
+    grow(scale_[i], m * groups);
+    grow(total_[i], m * groups);
+    view_.width[i] = width;
+    view_.quantized[i] = {
+        .q = q_[i].data(), .scale = scale_[i].data(), .total = total_[i].data(), .stride = stride, .groups = groups};
+  }
+
+  Inputs view_;
+  std::vector<float> x_;
+  std::array<std::vector<std::int8_t>, kMaxWidths> q_;
+  std::array<std::vector<float>, kMaxWidths> scale_;
+  std::array<std::vector<std::int32_t>, kMaxWidths> total_;
+};
+
+void require(bool holds, const std::string& message) {
+  if (!holds) throw std::invalid_argument(message);
+}
+
+void require_shape(const Matrix& w, const std::string& name, std::int64_t n, std::int64_t k) {
+  require(w.n == n && w.k == k, name + " is " + std::to_string(w.n) + " x " + std::to_string(w.k) +
+                                    "; the decoder needs " + std::to_string(n) + " x " + std::to_string(k));
+}
+
+}  // namespace
+
+struct Decoder::Chunk {
+  std::vector<Slice> slices;
+  std::vector<std::int64_t> ids;
+  std::vector<std::int64_t> keep;  // rows whose final states are wanted
+  Output output;
+  bool float_activations;
+  float* out;  // of the first row in keep
+
+  std::int64_t size() const { return static_cast<std::int64_t>(ids.size()); }
+};
+
+struct Decoder::Workspace {
+  std::int64_t rows = 0;       // of x: the chunk's tokens, in the end only those that are kept
+  std::vector<float> x;        // residual stream
+  std::vector<float> qkv;      // [rows, (heads + 2 kv_heads) * head_dim]
+  std::vector<float> product;  // [rows, hidden]: what a block half adds to the stream
+  std::vector<float> angles;   // [ropes][rows][2][head_dim / 2]: cos, sin
+  InputBuffer normed, attended, activated;
+};
+
+Decoder::Decoder(DecoderSpec spec) : spec_(std::move(spec)) {
+  const std::int64_t h = spec_.hidden, d = spec_.head_dim;
+  require(h > 0 && d > 0 && d % 2 == 0 && spec_.kv_heads > 0 && spec_.heads % spec_.kv_heads == 0,
+          "heads " + std::to_string(spec_.heads) + ", key/value heads " + std::to_string(spec_.kv_heads) +
+              ", head_dim " + std::to_string(d) + ": heads must be a multiple of key/value heads, head_dim even");
+  require_shape(spec_.embedding, "the embedding", spec_.embedding.n, h);
+  require_shape(spec_.head, "the head", spec_.embedding.n, h);
+  for (std::size_t i = 0; i < spec_.layers.size(); ++i) {
+    const DecoderLayer& l = spec_.layers[i];
+    const std::string at = "layer " + std::to_string(i) + " ";
+    require_shape(l.q, at + "q", spec_.heads * d, h);
+    require_shape(l.k, at + "k", spec_.kv_heads * d, h);
+    require_shape(l.v, at + "v", spec_.kv_heads * d, h);
+    require_shape(l.o, at + "o", h, spec_.heads * d);
+    require_shape(l.up, at + "up", l.gate.n, h);
+    require_shape(l.gate, at + "gate", l.gate.n, h);
+    require_shape(l.down, at + "down", h, l.gate.n);
+    require(l.rope >= 0 && l.rope < static_cast<std::int64_t>(spec_.ropes.size()),
+            at + "names a rope that is not there");
+  }
+  for (const Rope& r : spec_.ropes) {
+    require(static_cast<std::int64_t>(r.inverse_frequency.size()) * 2 == d,
+            "a rope has " + std::to_string(r.inverse_frequency.size()) + " frequencies; head_dim " + std::to_string(d) +
+                " needs half as many as columns");
+  }
+}
+
+KvShape Decoder::kv_shape(bool full_floats) const {
+  return {.layers = static_cast<std::int64_t>(spec_.layers.size()),
+          .heads = spec_.kv_heads,
+          .head_dim = spec_.head_dim,
+          .full_floats = full_floats};
+}
+
+void Decoder::check(const Step& step) const {
+  require(!step.sequences.empty(), "no sequence was given; a step needs at least one");
+  std::set<const Sequence*> seen;
+  const std::int64_t* id = step.ids;
+  for (std::size_t i = 0; i < step.sequences.size(); ++i) {
+    const Sequence& s = *step.sequences[i];
+    const std::string at = "sequence " + std::to_string(i);
+    require(seen.insert(&s).second, at + " is given twice");
+    const KvShape& shape = s.shape();
+    const KvShape own = kv_shape(shape.full_floats);
+    require(shape.layers == own.layers && shape.heads == own.heads && shape.head_dim == own.head_dim,
+            at + " belongs to another model");
+    require(shape.full_floats == step.sequences[0]->shape().full_floats, at + " has another type of cache");
+    require(step.counts[i] > 0, at + " gets no token; a prompt needs at least one");
+    const std::int64_t length = s.length() + step.counts[i];
+    require(length <= spec_.max_positions, at + " would hold " + std::to_string(length) +
+                                               " tokens; the model's context is " +
+                                               std::to_string(spec_.max_positions) + ": shorten the prompt");
+    for (std::int64_t t = 0; t < step.counts[i]; ++t, ++id) {
+      require(*id >= 0 && *id < spec_.embedding.n,
+              "token id " + std::to_string(*id) + " at position " + std::to_string(t) + " of " + at +
+                  " is outside the vocabulary of " + std::to_string(spec_.embedding.n));
+    }
+  }
+}
+
+void Decoder::forward(const KernelTable& table, const Step& step) const {
+  require(!step.sequences.empty(), "no sequence was given; a step needs at least one");
+  std::vector<std::unique_lock<std::mutex>> locks;
+  for (Sequence* s : step.sequences) {
+    locks.emplace_back(s->busy, std::defer_lock);
+    require(locks.back().try_lock(), "a sequence is in use by another call (or given twice); make a copy of it");
+  }
+  check(step);
+  for (std::size_t i = 0; i < step.sequences.size(); ++i) {
+    step.sequences[i]->reserve(step.sequences[i]->length() + step.counts[i]);
+  }
+  static thread_local Workspace work;
+  const std::int64_t width = step.output == Output::kStates ? spec_.hidden : spec_.head.n;
+  Chunk chunk{.slices = {},
+              .ids = {},
+              .keep = {},
+              .output = step.output,
+              .float_activations = step.float_activations,
+              .out = step.out};
+  const auto flush = [&] {
+    if (chunk.size() == 0) return;
+    run(table, chunk, work);
+    chunk.out += static_cast<std::int64_t>(chunk.keep.size()) * width;
+    chunk.slices.clear(), chunk.ids.clear(), chunk.keep.clear();
+  };
+  const std::int64_t* id = step.ids;
+  for (std::size_t i = 0; i < step.sequences.size(); ++i) {
+    for (std::int64_t done = 0; done < step.counts[i];) {
+      const std::int64_t count = std::min(step.counts[i] - done, kChunkTokens - chunk.size());
+      chunk.slices.push_back({step.sequences[i], chunk.size(), count, step.sequences[i]->length() + done});
+      for (std::int64_t t = 0; t < count; ++t, ++done) {
+        if (step.output != Output::kLast || done + 1 == step.counts[i]) chunk.keep.push_back(chunk.size());
+        chunk.ids.push_back(*id++);
+      }
+      if (chunk.size() == kChunkTokens) flush();
+    }
+  }
+  flush();
+  for (std::size_t i = 0; i < step.sequences.size(); ++i) {
+    step.sequences[i]->grow(step.sequences[i]->length() + step.counts[i]);
+  }
+}
+
+void Decoder::run(const KernelTable& table, const Chunk& chunk, Workspace& work) const {
+  embed(table, chunk, work);
+  const auto layers = static_cast<std::int64_t>(spec_.layers.size());
+  for (std::int64_t layer = 0; layer < layers; ++layer) {
+    attention(table, chunk, layer, work);
+    // Behind the last layer's cache nobody needs the other tokens any more.
+    if (layer + 1 == layers) keep_outputs(chunk, work);
+    if (work.rows > 0) feed_forward(table, chunk, layer, work);
+  }
+  if (work.rows == 0) return;
+  const std::int64_t h = spec_.hidden;
+  float* states = chunk.output == Output::kStates ? chunk.out : work.product.data();
+  for_rows(work.rows, h, [&](std::int64_t r) noexcept {
+    table.rms_norm(work.x.data() + r * h, spec_.final_norm, spec_.eps, h, states + r * h);
+  });
+  if (chunk.output != Output::kStates) logits(table, states, work.rows, chunk.float_activations, chunk.out);
+}
+
+void Decoder::embed(const KernelTable& table, const Chunk& chunk, Workspace& work) const {
+  const std::int64_t h = spec_.hidden, half = spec_.head_dim / 2, n = chunk.size();
+  const auto ropes = static_cast<std::int64_t>(spec_.ropes.size());
+  work.rows = n;
+  work.x.resize(static_cast<std::size_t>(n * h));
+  work.product.resize(static_cast<std::size_t>(n * h));
+  work.qkv.resize(static_cast<std::size_t>(n * (spec_.heads + 2 * spec_.kv_heads) * spec_.head_dim));
+  work.angles.resize(static_cast<std::size_t>(ropes * n * 2 * half));
+  for (const Slice& s : chunk.slices) {
+    for_rows(s.count, h, [&](std::int64_t t) noexcept {
+      const std::int64_t row = s.first + t;
+      float* x = work.x.data() + row * h;
+      take_row(table, spec_.embedding, chunk.ids[row], x);
+      for (std::int64_t i = 0; i < h; ++i) x[i] *= spec_.embedding_scale;
+      const auto position = static_cast<float>(s.start + t);
+      for (std::int64_t kind = 0; kind < ropes; ++kind) {
+        const Rope& rope = spec_.ropes[kind];
+        float* angles = work.angles.data() + (kind * n + row) * 2 * half;
+        for (std::int64_t i = 0; i < half; ++i) {
+          const float angle = position * rope.inverse_frequency[i];
+          angles[i] = std::cos(angle) * rope.scaling;
+          angles[half + i] = std::sin(angle) * rope.scaling;
+        }
+      }
+    });
+  }
+}
+
+void Decoder::attention(const KernelTable& table, const Chunk& chunk, std::int64_t layer, Workspace& work) const {
+  const DecoderLayer& l = spec_.layers[layer];
+  const std::int64_t h = spec_.hidden, d = spec_.head_dim, n = work.rows;
+  const std::int64_t stride = (spec_.heads + 2 * spec_.kv_heads) * d;
+  const Inputs& in = work.normed.prepare(n, h, {&l.q, &l.k, &l.v}, chunk.float_activations);
+  for_rows(n, h, [&](std::int64_t r) noexcept {
+    table.rms_norm(work.x.data() + r * h, l.attention_norm, spec_.eps, h, work.normed.row(r));
+    work.normed.quantize_row(table, r);
+  });
+  float* qkv = work.qkv.data();
+  multiply(table, in,
+           {{&l.q, qkv, stride},
+            {&l.k, qkv + spec_.heads * d, stride},
+            {&l.v, qkv + (spec_.heads + spec_.kv_heads) * d, stride}},
+           chunk.float_activations);
+  store_keys(table, chunk, layer, work);
+
+  const Inputs& attended = work.attended.prepare(n, spec_.heads * d, {&l.o}, chunk.float_activations);
+  attend_slices(table, chunk.slices,
+                {.layer = layer,
+                 .heads = spec_.heads,
+                 .kv_heads = spec_.kv_heads,
+                 .head_dim = d,
+                 .window = l.window,
+                 .softcap = spec_.attention_softcap,
+                 .full_floats = chunk.slices[0].sequence->shape().full_floats,
+                 .q = qkv,
+                 .q_stride = stride,
+                 .out = work.attended.row(0)});
+  for_rows(n, spec_.heads * d, [&](std::int64_t r) noexcept { work.attended.quantize_row(table, r); });
+  multiply(table, attended, {{&l.o, work.product.data(), h}}, chunk.float_activations);
+}
+
+// Norm and rotate queries and keys, put keys and values into the cache.
+void Decoder::store_keys(const KernelTable& table, const Chunk& chunk, std::int64_t layer, Workspace& work) const {
+  const DecoderLayer& l = spec_.layers[layer];
+  const std::int64_t d = spec_.head_dim, half = d / 2, n = chunk.size();
+  const std::int64_t stride = (spec_.heads + 2 * spec_.kv_heads) * d;
+  const auto turn = [&](float* x, const float* norm, const float* angles, float scale) {
+    if (norm) table.rms_norm(x, norm, spec_.eps, d, x);
+    table.rope(x, angles, angles + half, half, scale);
+  };
+  for (const Slice& s : chunk.slices) {
+    const auto append = table.append_kv[s.sequence->shape().full_floats];
+    for_rows(s.count, stride, [&](std::int64_t t) noexcept {
+      float* q = work.qkv.data() + (s.first + t) * stride;
+      const float* angles = work.angles.data() + (l.rope * n + s.first + t) * 2 * half;
+      for (std::int64_t i = 0; i < spec_.heads; ++i) turn(q + i * d, l.q_norm, angles, spec_.attention_scale);
+      float* keys = q + spec_.heads * d;
+      for (std::int64_t i = 0; i < spec_.kv_heads; ++i) {
+        turn(keys + i * d, l.k_norm, angles, 1.0f);
+        append(s.sequence->view(layer, i), s.start + t, keys + i * d, keys + (spec_.kv_heads + i) * d);
+      }
+    });
+  }
+}
+
+// Leave only the rows in chunk.keep; they are in ascending order.
+void Decoder::keep_outputs(const Chunk& chunk, Workspace& work) const {
+  const std::int64_t h = spec_.hidden;
+  work.rows = static_cast<std::int64_t>(chunk.keep.size());
+  if (work.rows == chunk.size()) return;
+  for (std::int64_t r = 0; r < work.rows; ++r) {
+    std::copy_n(work.x.data() + chunk.keep[r] * h, h, work.x.data() + r * h);
+    std::copy_n(work.product.data() + chunk.keep[r] * h, h, work.product.data() + r * h);
+  }
+}
+
+void Decoder::feed_forward(const KernelTable& table, const Chunk& chunk, std::int64_t layer, Workspace& work) const {
+  const DecoderLayer& l = spec_.layers[layer];
+  const bool floats = chunk.float_activations;
+  const std::int64_t h = spec_.hidden, n = work.rows, width = l.gate.n;
+  float* product = work.product.data();
+  const auto add_product = [&](std::int64_t r, const float* post_norm) {
+    float* y = product + r * h;
+    if (post_norm) table.rms_norm(y, post_norm, spec_.eps, h, y);
+    table.add_rows(work.x.data() + r * h, y, h);
+  };
+  const Inputs& in = work.normed.prepare(n, h, {&l.gate, &l.up}, floats);
+  for_rows(n, h, [&](std::int64_t r) noexcept {
+    add_product(r, l.attention_post_norm);
+    table.rms_norm(work.x.data() + r * h, l.ffn_norm, spec_.eps, h, work.normed.row(r));
+    work.normed.quantize_row(table, r);
+  });
+
+  const Inputs& mid = work.activated.prepare(n, width, {&l.down}, floats);
+  const std::int64_t tokens = token_block(n, h + 2 * 4 * kFfnRows), token_blocks = ceil_div(n, tokens);
+  const std::int64_t row_blocks = ceil_div(width, kFfnRows);
+  parallel_for(row_blocks * token_blocks, [&](std::int64_t c) noexcept {
+    static thread_local std::vector<float> gate, up;
+    const std::int64_t first = c % row_blocks * kFfnRows, rows = std::min(kFfnRows, width - first);
+    const std::int64_t t0 = c / row_blocks * tokens, count = std::min(tokens, n - t0);
+    gate.resize(static_cast<std::size_t>(tokens * kFfnRows));
+    up.resize(static_cast<std::size_t>(tokens * kFfnRows));
+    const Matrix gate_part = l.gate.slice(first, rows), up_part = l.up.slice(first, rows);
+    const Inputs part = in.slice(t0, count);
+    const Range panels{0, ceil_div(rows, kPanelRows)};
+    multiply_panels(table, part, {&gate_part, gate.data(), kFfnRows}, panels, {0, count}, floats);
+    multiply_panels(table, part, {&up_part, up.data(), kFfnRows}, panels, {0, count}, floats);
+    for (std::int64_t t = 0; t < count; ++t) {
+      float* y = gate.data() + t * kFfnRows;
+      table.gated[spec_.activation](y, up.data() + t * kFfnRows, rows, y);
+      if (mid.count == 0) std::copy_n(y, rows, work.activated.row(t0 + t) + first);
+      for (int i = 0; i < mid.count; ++i) {
+        const QuantizedRows& q = mid.quantized[i];
+        for (std::int64_t column = 0; column < rows; column += mid.width[i]) {
+          const std::int64_t at = (t0 + t) * q.groups + (first + column) / mid.width[i];
+          const auto columns = static_cast<int>(std::min(mid.width[i], rows - column));
+          table.quantize_group(y + column, columns, q.q + (t0 + t) * q.stride + first + column, q.scale + at,
+                               q.total + at);
+        }
+      }
+    }
+  });
+  multiply(table, mid, {{&l.down, product, h}}, floats);
+  for_rows(n, h, [&](std::int64_t r) noexcept { add_product(r, l.ffn_post_norm); });
+}
+
+void Decoder::logits(const KernelTable& table, const float* states, std::int64_t rows, bool float_activations,
+                     float* out) const {
+  static thread_local InputBuffer buffer;
+  const std::int64_t h = spec_.hidden, vocabulary = spec_.head.n;
+  const Inputs& in = buffer.prepare(rows, h, {&spec_.head}, float_activations);
+  for_rows(rows, h, [&](std::int64_t r) noexcept {
+    std::copy_n(states + r * h, h, buffer.row(r));
+    buffer.quantize_row(table, r);
+  });
+  multiply(table, in, {{&spec_.head, out, vocabulary}}, float_activations);
+  if (spec_.final_softcap > 0.0f) {
+    constexpr std::int64_t kPiece = 1 << 14;
+    const std::int64_t all = rows * vocabulary;
+    parallel_for(ceil_div(all, kPiece), [&](std::int64_t c) noexcept {
+      table.softcap(out + c * kPiece, std::min(kPiece, all - c * kPiece), spec_.final_softcap);
+    });
+  }
+}
+
+}  // namespace llmq

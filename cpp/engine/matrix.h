@@ -1,0 +1,74 @@
+// A weight matrix of the decoder, packed or dense, and its product with some rows of activations.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "kernel_table.h"
+#include "layout.h"
+
+namespace llmq {
+
+struct Matrix {
+  std::int64_t n = 0, k = 0;
+  int bits = 0;         // of a packed matrix's codes; 0: dense
+  PackedMatrix packed;  // where bits > 0
+  const void* dense = nullptr;
+  DenseType type = kFloat;
+  const float* bias = nullptr;  // f32[n] or null
+
+  bool quantized() const { return bits > 0; }
+
+  // Rows first .. first + rows - 1 as a matrix of its own; `first` is a multiple of kPanelRows.
+  Matrix slice(std::int64_t first, std::int64_t rows) const;
+
+  static Matrix of_packed(const Layout& layout, const PackedMatrix& w, const float* bias) {
+    Matrix m;
+    m.n = w.n, m.k = w.k, m.bits = layout.bits, m.packed = w, m.bias = bias;
+    return m;
+  }
+  static Matrix of_dense(const void* data, std::int64_t n, std::int64_t k, DenseType type, const float* bias) {
+    Matrix m;
+    m.n = n, m.k = k, m.dense = data, m.type = type, m.bias = bias;
+    return m;
+  }
+};
+
+// Widths of int8 groups that the matrices of one input may ask for: those of 4-bit and of 8-bit codes.
+constexpr int kMaxWidths = 2;
+
+// The inputs of a product: rows f32[m, k], and the same rows as int8 for each group width that a matrix asks for.
+struct Inputs {
+  const float* x = nullptr;
+  std::int64_t m = 0, k = 0;
+  int count = 0;  // widths in use
+  std::array<std::int64_t, kMaxWidths> width{};
+  std::array<QuantizedRows, kMaxWidths> quantized{};
+
+  const QuantizedRows& rows_for(const Matrix& w) const;
+  Inputs slice(std::int64_t first, std::int64_t rows) const;
+};
+
+// out f32[m, stride] = W x + bias for one matrix.
+struct Product {
+  const Matrix* w;
+  float* out;
+  std::int64_t stride;
+};
+
+// All products of the same inputs, shared out to the threads together. With float_activations the int8 rows are not
+// used.
+void multiply(const KernelTable& table, const Inputs& in, const std::vector<Product>& products, bool float_activations);
+
+// Rows begin .. end - 1 (panels of 16 rows) of W x for the tokens given, in the calling thread.
+void multiply_panels(const KernelTable& table, const Inputs& in, const Product& product, Range panels, Range tokens,
+                     bool float_activations);
+
+// out f32[k] = row `row` of W.
+void take_row(const KernelTable& table, const Matrix& w, std::int64_t row, float* out);
+
+// Tokens whose activations stay in a core's own cache while panels pass by.
+std::int64_t token_block(std::int64_t m, std::int64_t bytes_a_token);
+
+}  // namespace llmq

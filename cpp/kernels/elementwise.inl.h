@@ -1,0 +1,92 @@
+// Norms, rotary embedding, activations and soft caps on rows of floats. Included inside an anonymous namespace, once an
+// ISA; the compiler vectorizes it. LLMQ_ELEMENTWISE: element i of the result needs element i of the inputs only, so an
+// output may be one of the inputs.
+
+// exp(x) for -88 <= x <= 88, relative error below 2^-22: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial for e^r. Where n
+// is -127 (below -87.7, e^x is no normal float) the bits of 2^n are those of 0, and so is the result.
+LLMQ_INLINE float exp_within_88(float x) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  const float shifted = x * 1.44269504f + kMagic;
+  const float n = shifted - kMagic;
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * bits_to_float((float_to_bits(shifted) - float_to_bits(kMagic) + 127u) << 23);
+}
+
+// exp(x) for float x. Below -87 the result is that of -87 (1.6e-38), above 88 that of 88; NaN stays NaN.
+LLMQ_INLINE float fast_exp(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  return exp_within_88(x);
+}
+
+LLMQ_INLINE float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+
+constexpr int kSumLanes = 32;  // independent partial sums: enough for two vectors of any ISA to be in flight
+
+float add_lanes(const float* lanes) {
+  float half[16];
+  for (int i = 0; i < 16; ++i) half[i] = lanes[i] + lanes[i + 16];
+  float sum = 0.0f;
+  for (int i = 0; i < 16; ++i) sum += half[i];
+  return sum;
+}
+
+// out = x / sqrt(mean(x^2) + eps) * weight; out may be x.
+void rms_norm(const float* x, const float* weight, float eps, std::int64_t n, float* out) {
+  float lanes[kSumLanes] = {};
+  std::int64_t i = 0;
+  for (; i + kSumLanes <= n; i += kSumLanes) {
+    for (int j = 0; j < kSumLanes; ++j) lanes[j] += x[i + j] * x[i + j];
+  }
+  for (; i < n; ++i) lanes[0] += x[i] * x[i];
+  const float inverse = 1.0f / __builtin_sqrtf(add_lanes(lanes) / static_cast<float>(n) + eps);
+  LLMQ_ELEMENTWISE
+  for (i = 0; i < n; ++i) out[i] = x[i] * inverse * weight[i];
+}
+
+void add_rows(float* x, const float* y, std::int64_t n) {
+  LLMQ_ELEMENTWISE
+  for (std::int64_t i = 0; i < n; ++i) x[i] += y[i];
+}
+
+// Rotate the pairs (x[i], x[i + half]) by the angles behind cos and sin, then multiply by `scale`.
+void rope(float* x, const float* cosine, const float* sine, std::int64_t half, float scale) {
+  float* y = x + half;
+  LLMQ_ELEMENTWISE
+  for (std::int64_t i = 0; i < half; ++i) {
+    const float a = x[i], b = y[i];
+    x[i] = (a * cosine[i] - b * sine[i]) * scale;
+    y[i] = (b * cosine[i] + a * sine[i]) * scale;
+  }
+}
+
+// out = silu(gate) * up
+void gated_silu(const float* gate, const float* up, std::int64_t n, float* out) {
+  LLMQ_ELEMENTWISE
+  for (std::int64_t i = 0; i < n; ++i) out[i] = gate[i] * sigmoid(gate[i]) * up[i];
+}
+
+// out = gelu(gate) * up, gelu in its tanh form: x * (1 + tanh(u)) / 2 = x * sigmoid(2u), u = sqrt(2/pi)(x + 0.044715
+// x^3)
+void gated_gelu(const float* gate, const float* up, std::int64_t n, float* out) {
+  LLMQ_ELEMENTWISE
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float x = gate[i];
+    const float u = 0.79788456f * (x + 0.044715f * x * x * x);
+    out[i] = x * sigmoid(2.0f * u) * up[i];
+  }
+}
+
+// x = cap * tanh(x / cap)
+void softcap(float* x, std::int64_t n, float cap) {
+  const float scale = 2.0f / cap;
+  LLMQ_ELEMENTWISE
+  for (std::int64_t i = 0; i < n; ++i) x[i] = cap * (2.0f * sigmoid(x[i] * scale) - 1.0f);
+}

@@ -1,0 +1,231 @@
+"""A Hugging Face causal language model whose ``forward`` and ``generate`` run on the native decoder.
+
+``adopt`` gives a loaded model a subclass of its own class. Whatever the decoder cannot do runs in the Hugging Face graph
+as before, and a warning says so once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from llmq import kernels
+from llmq.runtime import generation
+from llmq.runtime.cache import NativeCache, check_positions, shown_columns
+from llmq.runtime.native import NativeDecoder, Unsupported
+from llmq.runtime.options import say_once
+
+# Arguments of forward that change nothing here, whatever their value.
+IGNORED_ARGUMENTS = frozenset(["use_cache", "return_dict", "cache_position", "tokenizer", "inputs_tensor"])
+# Those that the native forward understands.
+NATIVE_ARGUMENTS = frozenset(
+    ["input_ids", "attention_mask", "position_ids", "past_key_values", "labels", "logits_to_keep", "num_items_in_batch"]
+)
+
+
+def native_decoder(model: nn.Module) -> NativeDecoder:
+    """The decoder of ``model``, with as many threads as torch is told to use.
+
+    Raises Unsupported when there is none, or when something listens to or replaces the graph's modules.
+    """
+    kernels.follow_torch()
+    decoder = NativeDecoder.of(model)
+    for name, module in model.named_modules():
+        if name and (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__):
+            raise Unsupported(f"{name} has a forward hook, which only the Hugging Face graph calls")
+    if model.training and torch.is_grad_enabled():
+        raise Unsupported("the model is in training mode and gradients are on")
+    return decoder
+
+
+class NativeCausalLM:
+    """The part that comes before the Hugging Face class: see :func:`adopt`."""
+
+    def _decoder(self) -> NativeDecoder:
+        return native_decoder(self)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' ``generate``, options included; in the native loop where it honours them.
+
+        Raises ValueError for an empty prompt, one longer than the context, or a token id out of range.
+        """
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        if isinstance(prompt, Tensor) and prompt.numel() == 0 and kwargs.get("inputs_embeds") is None:
+            raise ValueError(
+                f"the prompt is empty: input_ids has shape {tuple(prompt.shape)}; give at least one token, such as the "
+                "tokenizer's BOS"
+            )
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        given = model_kwargs.get("past_key_values") is not None
+        other = generation_config.cache_implementation not in (None, "dynamic") or generation_config.use_cache is False
+        if not (given or other):
+            with contextlib.suppress(Unsupported):  # the loops say why
+                self._decoder()
+                model_kwargs["past_key_values"] = NativeCache()
+                return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+    def _sample(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        lists = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+        rest = {"generation_config": generation_config, "streamer": streamer}
+        try:
+            run = generation.Run(self._decoder(), input_ids, **lists, **rest, arguments=kwargs)
+        except Unsupported as reason:
+            say_once(f"generate: {reason}; transformers' own loop runs instead of the native one")
+            return super()._sample(input_ids, **lists, **rest, **kwargs)  # type: ignore[misc]
+        return run.generate(generation.sample)
+
+    def _assisted_decoding(
+        self,
+        input_ids: Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        lists = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+        rest = {"generation_config": generation_config, "streamer": streamer}
+        try:
+            if kwargs.get("assistant_model") is not None or not generation_config.prompt_lookup_num_tokens:
+                raise Unsupported("assisted decoding with a model")
+            if input_ids.shape[0] > 1:
+                raise Unsupported(f"prompt lookup of {input_ids.shape[0]} rows")
+            run = generation.Run(self._decoder(), input_ids, **lists, **rest, arguments=kwargs)
+        except Unsupported as reason:
+            say_once(f"generate: {reason}; transformers' own loop runs instead of the native one")
+            return super()._assisted_decoding(input_ids, **lists, **rest, **kwargs)  # type: ignore[misc]
+        return run.generate(generation.look_up)
+
+    def _beam_search(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        beams = kwargs["generation_config"].num_beams
+        say_once(f"generate: num_beams={beams}; transformers' own loop runs instead of the native one")
+        return super()._beam_search(input_ids, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles name the Hugging Face class; the compiled decoder is made anew."""
+        return _empty, (type(self).__mro__[2],), dict(self.__dict__)
+
+
+def forward(model: Any, given: dict[str, Any]) -> CausalLMOutputWithPast:
+    """The native forward.
+
+    Args:
+        model: an adopted model.
+        given: arguments of its class's forward that are not None. Rows may be padded on either side; positions outside
+            attention_mask get logits of 0. Without position_ids the tokens that the mask shows are counted.
+
+    Raises:
+        Unsupported: an argument that only the Hugging Face graph understands.
+        ValueError: no tokens, ids out of range, a context too long, a cache that does not fit.
+    """
+    for name, value in given.items():
+        if name not in NATIVE_ARGUMENTS | IGNORED_ARGUMENTS and value is not False:
+            raise Unsupported(f"the argument {name}")
+    decoder = native_decoder(model)
+    ids, cache = given.get("input_ids"), given.get("past_key_values")
+    if ids is None or ids.dim() != 2:
+        raise Unsupported("input_ids are missing or not [batch, length]")
+    if ids.numel() == 0:
+        raise ValueError(f"input_ids are empty, their shape is {tuple(ids.shape)}; give at least one token")
+    if cache is not None and not isinstance(cache, NativeCache):
+        raise Unsupported(f"past_key_values of class {type(cache).__name__}")
+    kept = cache if cache is not None else NativeCache()
+    kept.begin(decoder, ids.shape[0])
+    shown = shown_columns(given.get("attention_mask"), kept.seen, *ids.shape)
+    check_positions(given.get("position_ids"), shown, kept)
+    logits = _logits(decoder, ids, shown, kept, given.get("logits_to_keep", 0))
+    kept.extend(shown)
+    loss, labels = None, given.get("labels")
+    if labels is not None:
+        counts = {k: given[k] for k in ("num_items_in_batch",) if k in given}
+        loss = model.loss_function(logits=logits, labels=labels, vocab_size=decoder.vocab_size, **counts)
+    use_cache = given.get("use_cache", getattr(model.config, "use_cache", True))
+    past = kept if use_cache or cache is not None else None
+    return CausalLMOutputWithPast(loss=loss, logits=logits.to(model.dtype), past_key_values=past)
+
+
+def _logits(decoder: NativeDecoder, ids: Tensor, shown: Tensor, cache: NativeCache, keep: int | Tensor) -> Tensor:
+    """f32[B, kept columns, V] logits after the ``shown`` columns of ``ids`` i64[B, columns]; 0 outside them."""
+    rows = shown.any(1).nonzero()[:, 0].tolist()  # a row may show nothing here, and then has nothing to do
+    tokens = [ids[row][shown[row]] for row in rows]
+    sequences = [cache.sequences[row] for row in rows]
+    if isinstance(keep, int) and keep == 1 and bool(shown[:, -1].all()):
+        return decoder.forward(tokens, sequences)[:, None]
+    states = torch.zeros(*ids.shape, decoder.hidden_size)
+    states[shown] = decoder.forward(tokens, sequences, output="states") if rows else 0.0
+    kept: Any = slice(-keep, None) if isinstance(keep, int) and keep else slice(None) if isinstance(keep, int) else keep
+    wanted = shown[:, kept]
+    logits = torch.zeros(*wanted.shape, decoder.vocab_size)
+    logits[wanted] = decoder.logits(states[:, kept][wanted])
+    return logits
+
+
+@functools.cache
+def native_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass of ``base`` with the same name and signature whose forward and generate are native."""
+    parameters = inspect.signature(base.forward).parameters
+    names = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+
+    @functools.wraps(base.forward)
+    def native_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = {name: value for name, value in given.items() if value is not None}
+        try:
+            out = forward(self, given)
+        except Unsupported as reason:
+            say_once(f"{base.__name__}.forward: {reason}; the Hugging Face graph runs instead of the native decoder")
+            return base.forward(self, **_without_native_cache(self, given))
+        return out if given.get("return_dict", getattr(self.config, "return_dict", True)) else out.to_tuple()
+
+    same = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (NativeCausalLM, base), {**same, "forward": native_forward})
+
+
+def _without_native_cache(model: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """``given`` with an empty NativeCache replaced by a cache of the graph's own."""
+    cache = given.get("past_key_values")
+    if not isinstance(cache, NativeCache):
+        return given
+    if cache.get_seq_length():
+        raise ValueError(
+            "this call needs the Hugging Face graph, which cannot continue from what the native decoder has cached; ask "
+            "for the same outputs from the first call on, or start with past_key_values=None"
+        )
+    return {**given, "past_key_values": DynamicCache(config=model.config.get_text_config(decoder=True))}
+
+
+def _empty(base: type[PreTrainedModel]) -> PreTrainedModel:
+    made = native_class(base)
+    return made.__new__(made)
+
+
+def adopt(model: nn.Module) -> nn.Module:
+    """Let ``model`` run natively where it can: ``generate`` and ``forward`` of a causal language model.
+
+    Its class becomes a subclass of the same name. Models that do not generate are left alone.
+    """
+    if isinstance(model, GenerationMixin) and isinstance(model, PreTrainedModel):
+        if not isinstance(model, NativeCausalLM):
+            model.__class__ = native_class(type(model))
+    return model
