@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq import calibration
+from llmq import calibration, kernels
 from llmq.blockwise import BlockCall, BlockRunner, Tail, block_inputs, verified_tails
 from llmq.checkpoint import CheckpointWriter, check_output, matrix_tensors, quantization_config
 from llmq.config import HEAD_BITS, AWQConfig, CalibConfig, GPTQConfig, QuantScheme, one_of
@@ -93,6 +93,7 @@ def quantize_model(
     one_of("method", method, METHODS)
     one_of("head_bits", head_bits, HEAD_BITS)
     one_of("device", device, DEVICES)
+    kernels.current_isa()  # the check at the end runs on the kernels: a wrong LLMQ_ISA must not wait for it
     row = METHODS[method]
     start = time.perf_counter()
     if row.needs_text:
