@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -87,6 +88,16 @@ def test_unknown_model_and_existing_output(tiny_model, tmp_path, capsys):
     assert main(["--model", str(tiny_model("llama")), "--output", str(out), *QUICK]) == 2
     assert "use --overwrite" in capsys.readouterr().err
     assert (out / "config.json").read_text() == "{}"
+
+
+def test_the_model_itself_is_never_replaced(tiny_model, tmp_path, capsys):
+    model = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    (tmp_path / "config.json").write_text("{}")
+    for out in (model, tmp_path):
+        assert main(["--model", str(model), "--output", str(out), "--overwrite", *QUICK]) == 2
+        assert "is or holds the model to quantize; choose another --output" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
 def _as_a_module(*flags, **environment):
