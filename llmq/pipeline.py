@@ -103,7 +103,8 @@ def quantize_model(
     if row.needs_text:
         calibration.check(calib, max_positions=source.max_positions)
     folder = Path(output) if output is not None else Path(default_output(str(model), scheme))
-    plan = make_plan(source, scheme, head_bits, row, calib.nsamples * calib.seqlen, calib.seqlen)
+    sampled = row.needs_text and calibration.is_sampled(calib)
+    plan = make_plan(source, scheme, head_bits, row, calib.nsamples * calib.seqlen, calib.seqlen, sampled=sampled)
     check_output(folder.absolute(), overwrite=overwrite, expected_bytes=plan.bytes_after, source=source.folder)
     job = _Job(source, plan, scheme, row, options, log)
     text = f"{calib.calib}: {calib.nsamples} windows of {calib.seqlen} tokens" if row.needs_text else "none needed"
