@@ -16,7 +16,7 @@ from llmq.checkpoint import CheckpointWriter, check_output, matrix_tensors, quan
 from llmq.config import HEAD_BITS, AWQConfig, CalibConfig, GPTQConfig, QuantScheme, one_of
 from llmq.models.load import SourceModel, materialize, open_model
 from llmq.models.resolve import resolve
-from llmq.plan import Matrix, Plan, kept_dtype, make_plan
+from llmq.plan import Matrix, Plan, check_memory, kept_dtype, make_plan
 from llmq.qtensor import QTensor
 from llmq.report import Log, block_line, build_report, duration, model_card, plan_table, silent, summary, versions
 from llmq.solvers import METHODS, SOLVERS, Method, Problem, SolverOptions, rtn
@@ -105,6 +105,8 @@ def quantize_model(
     folder = Path(output) if output is not None else Path(default_output(str(model), scheme))
     sampled = row.needs_text and calibration.is_sampled(calib)
     plan = make_plan(source, scheme, head_bits, row, calib.nsamples * calib.seqlen, calib.seqlen, sampled=sampled)
+    if sampled:
+        check_memory(plan)
     check_output(folder.absolute(), overwrite=overwrite, expected_bytes=plan.bytes_after, source=source.folder)
     job = _Job(source, plan, scheme, row, options, log)
     text = f"{calib.calib}: {calib.nsamples} windows of {calib.seqlen} tokens" if row.needs_text else "none needed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -207,6 +208,21 @@ def _predict(plan: Plan, source: SourceModel, method: Method, n_tokens: int, seq
             f"{n_tokens} calibration tokens are few for layers of {max(wide)} inputs; "
             f"use {2 * max(wide)} or more (--nsamples {-(-2 * max(wide) // seqlen)} --seqlen {seqlen})"
         )
+
+
+def check_memory(plan: Plan) -> None:
+    """Raise ValueError if the model, which is to write its own text, does not fit into this machine's memory."""
+    have = memory_bytes()
+    if plan.peak_bytes > have:
+        raise ValueError(
+            f"to write its own calibration text the model must be in memory whole: {plan.peak_bytes / 2**30:.1f} GiB,"
+            f" and this machine has {have / 2**30:.1f}; give a text file, or --calib stdlib"
+        )
+
+
+def memory_bytes() -> int:
+    """Physical memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _cache_bytes(config: Any, seqlen: int) -> int:

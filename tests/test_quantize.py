@@ -100,6 +100,14 @@ def test_the_model_itself_is_never_replaced(tiny_model, tmp_path, capsys):
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
+def test_a_model_too_large_to_write_its_own_text_is_refused(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("llmq.plan.memory_bytes", lambda: 1 << 29)
+    flags = ["--model", str(tiny_model("llama")), "--output", str(tmp_path / "out")]
+    assert main([*flags, "--calib", "self", "--seqlen", "64"]) == 2
+    assert "and this machine has 0.5; give a text file, or --calib stdlib" in capsys.readouterr().err
+    assert main([*flags, *QUICK]) == 0
+
+
 def _as_a_module(*flags, **environment):
     command = [sys.executable, "-m", "llmq.quantize", *flags]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
