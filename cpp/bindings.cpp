@@ -113,6 +113,7 @@ PYBIND11_MODULE(_core, m) {
   m.doc() = "Compiled kernels of llmq; use them through llmq.kernels.";
   bind_layout(m);
   bind_decoder(m);
+  m.attr("LAYOUT_VERSION") = kLayoutVersion;
   bind_sampler(m);
   m.def("isas", isa_names, "Kernel sets this CPU can run, best first.");
   m.def("isa", [] { return current_table().isa; }, "The kernel set in use.");

@@ -8,8 +8,14 @@ namespace llmq {
 
 // Rows of a panel: the panel is the unit in which output rows are packed and shared out to threads.
 constexpr int kPanelRows = 16;
-// Bytes of a payload step: 16 rows x 4 bytes. A step holds 8 columns of 4-bit codes or 4 columns of 8-bit codes.
-constexpr int kStepBytes = 64;
+// The payload comes in blocks of this many columns ...
+constexpr int kBlockColumns = 32;
+// ... that are as many vectors of 16 rows x 4 bytes as a code has bits.
+constexpr int kVectorBytes = 64;
+
+// Widths of a code, and where a table's arrays hold the kernels of a width.
+constexpr int kBitWidths = 4;
+constexpr int slot_of(int bits) { return bits == 8 ? 3 : bits - 2; }  // 2, 3, 4, 8
 
 // Half-open range of rows, panels or tokens.
 struct Range {
@@ -20,11 +26,12 @@ struct Range {
 struct PackedMatrix {
   const std::uint8_t* panels;   // first panel; panel p starts at panels + p * panel_stride
   std::int64_t panel_stride;    // bytes
-  std::int64_t zeros_offset;    // bytes from the panel's start to u8 zero[groups][16]; 0: symmetric, zero is `mid`
-  std::int64_t payload_offset;  // bytes from the panel's start to the first step
+  std::int64_t zeros_offset;    // bytes from the panel's start to u8 zero[][16]; 0: symmetric, zero is `mid`
+  std::int64_t payload_offset;  // bytes from the panel's start to the first block
   std::int64_t n, k;            // rows (out_features), columns (in_features)
   std::int64_t group, groups;   // columns of a full group; groups a row
   std::int32_t mid;             // zero point of a symmetric matrix
+  std::int32_t share;           // neighbouring groups that share one scale and zero
 };
 
 // Activations quantized per row and group: x ~ scale * q. Rows are padded with zeros to a multiple of 64 columns.
@@ -103,12 +110,10 @@ struct KernelTable {
   // out[t, r] = sum over groups, ascending, of float(integer dot product) * (scale_w * scale_x), + bias[r],
   // for the tokens t and the rows r of the panels given. Each float operation is rounded on its own (no fma), so that
   // all ISAs, and one token or many, give the same bits.
-  void (*qgemm_w4)(const Qgemm& job, Range panels, Range tokens);
-  void (*qgemm_w8)(const Qgemm& job, Range panels, Range tokens);
+  void (*qgemm[kBitWidths])(const Qgemm& job, Range panels, Range tokens);
 
   // out f32[k] = dequantized row `row`.
-  void (*take_row_w4)(const PackedMatrix& w, std::int64_t row, float* out);
-  void (*take_row_w8)(const PackedMatrix& w, std::int64_t row, float* out);
+  void (*take_row[kBitWidths])(const PackedMatrix& w, std::int64_t row, float* out);
 
   // Products in float: dense matrices, and one dequantized row f32[k] at a time.
   void (*fgemm_dense[kDenseTypes])(const FloatGemm& job, Range rows, Range tokens);

@@ -20,16 +20,31 @@ void require_field(const char* field, std::int64_t actual, std::int64_t expected
                                   ", expected " + std::to_string(expected) + "; pack the QTensor again");
 }
 
-// Where code (row, column) sits: the byte and the shift within it.
+// A code lies in up to two places of its block: its low bits, and for 3 bits the high one in a vector of its own.
 struct Place {
-  std::int64_t byte;
-  int shift;
+  int byte, shift, bits;
 };
 
-Place place_of(int bits, int lane, std::int64_t column) {
-  const std::int64_t columns = 32 / bits;
-  const std::int64_t within = column % columns;
-  return {column / columns * kStepBytes + 4 * lane + within % 4, static_cast<int>(within / 4) * 4};
+struct Places {
+  Place low, high;
+};
+
+// Of column `within` (0 .. 31) of a block, in row `lane` of the panel.
+Places places_of(int bits, int lane, int within) {
+  const int low_bits = bits == 3 ? 2 : bits, quads = 8 / low_bits, quad = within / 4;
+  const int byte = 4 * lane + within % 4;
+  return {.low = {quad / quads * kVectorBytes + byte, quad % quads * low_bits, low_bits},
+          .high = {2 * kVectorBytes + byte, quad, bits - low_bits}};
+}
+
+void put(std::uint8_t* block, const Places& at, int code) {
+  block[at.low.byte] |= static_cast<std::uint8_t>((code & ((1 << at.low.bits) - 1)) << at.low.shift);
+  if (at.high.bits) block[at.high.byte] |= static_cast<std::uint8_t>(code >> at.low.bits << at.high.shift);
+}
+
+int get(const std::uint8_t* block, const Places& at) {
+  const int low = (block[at.low.byte] >> at.low.shift) & ((1 << at.low.bits) - 1);
+  return at.high.bits ? low | ((block[at.high.byte] >> at.high.shift) & 1) << at.low.bits : low;
 }
 
 }  // namespace
@@ -43,7 +58,8 @@ Layout::Layout(std::int64_t rows, std::int64_t columns, std::int64_t source, int
       mid(middle) {
   require(n >= 1 && k >= 1,
           "a packed matrix needs at least one row and column, got " + std::to_string(n) + " x " + std::to_string(k));
-  require(bits == 4 || bits == 8, "bits of a stored code are " + std::to_string(bits) + "; the kernels read 4 or 8");
+  require(bits == 2 || bits == 3 || bits == 4 || bits == 8,
+          "bits of a code are " + std::to_string(bits) + "; the kernels read 2, 3, 4 and 8");
   require(source_group == k || source_group % 32 == 0,
           "group size " + std::to_string(source_group) + " is neither the whole row nor a multiple of 32");
   require(source_group <= max_group() || source_group % max_group() == 0 || source_group == k,
@@ -51,14 +67,16 @@ Layout::Layout(std::int64_t rows, std::int64_t columns, std::int64_t source, int
               " and no multiple of it");
 }
 
-std::int64_t Layout::payload_offset() const { return round_up(groups() * kPanelRows * (has_zero ? 3 : 2), kStepBytes); }
+std::int64_t Layout::payload_offset() const {
+  return round_up(source_groups() * kPanelRows * (has_zero ? 3 : 2), kVectorBytes);
+}
 
 std::int64_t Layout::panel_bytes() const {
-  return payload_offset() + (k + step_columns() - 1) / step_columns() * kStepBytes;
+  return payload_offset() + round_up(k, kBlockColumns) / kBlockColumns * block_bytes();
 }
 
 PackedMatrix Layout::view(const void* data, std::size_t size) const {
-  require(reinterpret_cast<std::uintptr_t>(data) % kStepBytes == 0,
+  require(reinterpret_cast<std::uintptr_t>(data) % kVectorBytes == 0,
           "packed weight: its data is not aligned to 64 bytes; copy it into a new tensor");
   require(size >= sizeof(Header), "packed weight: " + std::to_string(size) + " bytes cannot hold the header of 64");
   Header h;
@@ -68,7 +86,7 @@ PackedMatrix Layout::view(const void* data, std::size_t size) const {
   require_field("bits", h.bits, bits);
   require_field("rows", h.n, n);
   require_field("columns", h.k, k);
-  require_field("group", h.group, group());
+  require_field("group", h.group, source_group);
   require_field("has_zero", h.has_zero, has_zero);
   require_field("mid", h.mid, mid);
   require_field("bytes", h.bytes, bytes());
@@ -82,7 +100,8 @@ PackedMatrix Layout::view(const void* data, std::size_t size) const {
           .k = k,
           .group = group(),
           .groups = groups(),
-          .mid = mid};
+          .mid = mid,
+          .share = static_cast<std::int32_t>(source_group == k ? groups() : source_group / group())};
 }
 
 void Layout::pack(const std::uint8_t* q, const std::uint16_t* scale, const std::uint8_t* zero,
@@ -93,7 +112,7 @@ void Layout::pack(const std::uint8_t* q, const std::uint16_t* scale, const std::
                  .k = k,
                  .bytes = bytes(),
                  .bits = static_cast<std::uint32_t>(bits),
-                 .group = static_cast<std::uint32_t>(group()),
+                 .group = static_cast<std::uint32_t>(source_group),
                  .has_zero = has_zero,
                  .mid = static_cast<std::uint32_t>(mid),
                  .reserved = {}};
@@ -103,34 +122,33 @@ void Layout::pack(const std::uint8_t* q, const std::uint16_t* scale, const std::
     std::memset(panel, 0, static_cast<std::size_t>(panel_bytes()));
     for (std::int64_t row = p * kPanelRows; row < n && row < (p + 1) * kPanelRows; ++row) {
       const int lane = static_cast<int>(row % kPanelRows);
-      for (std::int64_t g = 0; g < groups(); ++g) {
-        const std::int64_t from = row * source_groups() + g * group() / source_group;
-        const std::int64_t to = g * kPanelRows + lane;
+      for (std::int64_t g = 0; g < source_groups(); ++g) {
+        const std::int64_t from = row * source_groups() + g, to = g * kPanelRows + lane;
         std::memcpy(panel + 2 * to, scale + from, 2);
         if (has_zero) panel[zeros_offset() + to] = zero[from];
       }
       for (std::int64_t column = 0; column < k; ++column) {
-        const Place at = place_of(bits, lane, column);
-        panel[payload_offset() + at.byte] |= static_cast<std::uint8_t>(q[row * k + column] << at.shift);
+        put(panel + payload_offset() + column / kBlockColumns * block_bytes(),
+            places_of(bits, lane, static_cast<int>(column % kBlockColumns)), q[row * k + column]);
       }
     }
   });
 }
 
 void Layout::unpack(const PackedMatrix& w, std::uint8_t* q, std::uint16_t* scale, std::uint8_t* zero) const {
-  const int mask = (1 << bits) - 1;
   parallel_for(panels(), [&](std::int64_t p) noexcept {
     const std::uint8_t* panel = w.panels + p * w.panel_stride;
     for (std::int64_t row = p * kPanelRows; row < n && row < (p + 1) * kPanelRows; ++row) {
       const int lane = static_cast<int>(row % kPanelRows);
       for (std::int64_t g = 0; g < source_groups(); ++g) {
-        const std::int64_t from = g * source_group / group() * kPanelRows + lane;
-        std::memcpy(scale + row * source_groups() + g, panel + 2 * from, 2);
-        if (has_zero) zero[row * source_groups() + g] = panel[w.zeros_offset + from];
+        const std::int64_t from = g * kPanelRows + lane, to = row * source_groups() + g;
+        std::memcpy(scale + to, panel + 2 * from, 2);
+        if (has_zero) zero[to] = panel[w.zeros_offset + from];
       }
       for (std::int64_t column = 0; column < k; ++column) {
-        const Place at = place_of(bits, lane, column);
-        q[row * k + column] = static_cast<std::uint8_t>((panel[w.payload_offset + at.byte] >> at.shift) & mask);
+        q[row * k + column] = static_cast<std::uint8_t>(
+            get(panel + w.payload_offset + column / kBlockColumns * block_bytes(),
+                places_of(bits, lane, static_cast<int>(column % kBlockColumns))));
       }
     }
   });

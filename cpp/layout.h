@@ -5,14 +5,15 @@
 //     f16 scale[groups][16]
 //     u8  zero[groups][16]            only if has_zero
 //     padding to a multiple of 64 bytes
-//     payload, 64 bytes a step of C = 32 / bits columns; in step s, for row r of the panel and j = 0..3, byte 4r + j
-//     holds
-//       bits 4: code[r][sC + j] in the low half, code[r][sC + 4 + j] in the high half
-//       bits 8: code[r][sC + j]
+//     payload, a block for every 32 columns: as many vectors of 64 bytes as a code has bits. Columns 4i .. 4i + 3 of a
+//     block are its quad i; byte 4r + j of a vector belongs to row r of the panel and to column j of each quad it holds:
+//       bits 2: vector v holds quads 4v .. 4v + 3, quad 4v + s in bits 2s and 2s + 1
+//       bits 3: vectors 0 and 1 hold the lower two bits as above; bit i of vector 2 is the upper bit of quad i
+//       bits 4: vector v holds quads 2v (lower half of the byte) and 2v + 1 (upper half)
+//       bits 8: vector v holds quad v
 //
-// Rows beyond n have scale 0. Columns beyond k have code 0; their activations are 0. A group is at most max_group
-// columns, because the activations share one scale over the same columns: wider groups are cut into such pieces that
-// repeat scale and zero.
+// Rows beyond n have scale 0. Columns beyond k have code 0; their activations are 0. Activations share a scale over at
+// most max_group columns, and the kernels sum integers no further: they cut wider groups into such pieces.
 #pragma once
 
 #include <cstddef>
@@ -23,7 +24,7 @@
 namespace llmq {
 
 constexpr std::uint32_t kMagic = 0x3631514c;  // "LQ16" in memory
-constexpr std::uint32_t kLayoutVersion = 1;
+constexpr std::uint32_t kLayoutVersion = 2;
 
 struct Header {
   std::uint32_t magic, version;
@@ -37,7 +38,7 @@ static_assert(sizeof(Header) == 64, "the panels after the header must stay align
 struct Layout {
   std::int64_t n, k;
   std::int64_t source_group;  // columns of a group of the matrix before packing
-  int bits;                   // 4 or 8: bits of a stored code
+  int bits;                   // 2, 3, 4 or 8
   bool has_zero;
   int mid;  // zero point where has_zero is false
 
@@ -51,8 +52,8 @@ struct Layout {
   std::int64_t groups() const { return (k + group() - 1) / group(); }
   std::int64_t source_groups() const { return (k + source_group - 1) / source_group; }
   std::int64_t panels() const { return (n + kPanelRows - 1) / kPanelRows; }
-  std::int64_t step_columns() const { return 32 / bits; }
-  std::int64_t zeros_offset() const { return groups() * kPanelRows * 2; }
+  std::int64_t block_bytes() const { return bits * kVectorBytes; }
+  std::int64_t zeros_offset() const { return source_groups() * kPanelRows * 2; }
   std::int64_t payload_offset() const;
   std::int64_t panel_bytes() const;
   std::int64_t bytes() const { return static_cast<std::int64_t>(sizeof(Header)) + panels() * panel_bytes(); }

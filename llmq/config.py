@@ -8,13 +8,20 @@ way out.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 32, 64, 128, 256)
 HEAD_BITS = (16, 8, 4)
+
+
+def cache_folder() -> Path:
+    """Where expanded models, streamed data sets and packed weights are kept: ``$LLMQ_CACHE``, or ``~/.cache/llmq``."""
+    return Path(os.environ.get("LLMQ_CACHE") or "~/.cache/llmq").expanduser()
 
 
 def option(default: Any, help_text: str, **metadata: Any) -> Any:

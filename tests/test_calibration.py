@@ -460,7 +460,7 @@ def test_streaming_goes_on_where_the_kept_rows_end(fake_hub: FakeHub) -> None:
         assert [next(texts) for _ in range(n)] == [f"row {i}" for i in range(n)]
         texts.close()  # type: ignore[attr-defined]
     assert len(fake_hub.calls) == 2
-    kept = list(hub.cache_folder().iterdir())
+    kept = list(hub.rows_folder().iterdir())
     assert [p.name for p in kept] == ["allenai--c4-train.jsonl"]
     assert len(kept[0].read_text().splitlines()) == 10
 
@@ -468,8 +468,8 @@ def test_streaming_goes_on_where_the_kept_rows_end(fake_hub: FakeHub) -> None:
 def test_a_damaged_cache_is_read_anew(fake_hub: FakeHub) -> None:
     row = SOURCES["c4"].hub
     assert row is not None
-    hub.cache_folder().mkdir(parents=True)
-    (hub.cache_folder() / "allenai--c4-train.jsonl").write_text('"row 0"\n"row ')
+    hub.rows_folder().mkdir(parents=True)
+    (hub.rows_folder() / "allenai--c4-train.jsonl").write_text('"row 0"\n"row ')
     assert next(hub.rows(row, "train")) == "row 0"
     assert len(fake_hub.calls) == 1
 

@@ -13,7 +13,7 @@ import torch
 from kernel_cases import COMPILED, ISAS, SCHEMES, assert_same, core, integer_qtensor, isa, random_qtensor, seeded  # noqa: F401 - a fixture
 
 from llmq import kernels
-from llmq.config import QuantScheme
+from llmq.config import BITS, QuantScheme
 from llmq.kernels import reference
 from llmq.qtensor import QTensor, expand_groups
 
@@ -37,7 +37,7 @@ def test_every_scheme_gives_the_bits_of_the_reference(scheme: QuantScheme) -> No
         assert_same(kernels.qgemm(x[:1], w, bias=bias), reference.qgemm(x[:1], t, bias=bias))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("k", [1, 4, 7, 8, 31, 33, 64, 100])
 @pytest.mark.usefixtures("isa")
 def test_every_remainder_of_rows_and_columns(bits: int, k: int) -> None:
@@ -48,14 +48,14 @@ def test_every_remainder_of_rows_and_columns(bits: int, k: int) -> None:
         assert_same(kernels.qgemm(x, kernels.pack(t)), reference.qgemm(x, t))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.usefixtures("isa")
 def test_every_remainder_of_tokens(bits: int) -> None:
     t = random_qtensor(40, 96, QuantScheme(bits, 64, False))
     w = kernels.pack(t)
-    x = torch.randn(27, 96, generator=seeded(bits))
+    x = torch.randn(100, 96, generator=seeded(bits))
     expected = reference.qgemm(x, t)
-    for m in range(1, 28):
+    for m in (*range(1, 28), 47, 48, 49, 95, 96, 97, 100):
         # One token or many: the same bits, so that generation does not depend on how a text was cut into calls.
         assert_same(kernels.qgemm(x[:m], w), expected[:m])
 
@@ -73,7 +73,7 @@ def test_large_jobs_are_shared_out_to_threads_without_a_trace(m: int) -> None:
         assert_same(kernels.qgemm(x, w), expected)
 
 
-@pytest.mark.parametrize("scheme", [QuantScheme(4, 128, True), QuantScheme(8, 32, False)], ids=str)
+@pytest.mark.parametrize("scheme", [QuantScheme(b, 32, b == 4) for b in BITS], ids=str)
 @pytest.mark.usefixtures("isa")
 def test_a_scale_off_by_one_percent_is_seen(scheme: QuantScheme) -> None:
     t = random_qtensor(20, 100, scheme)
@@ -101,7 +101,7 @@ def test_outputs_stay_within_the_error_of_int8_activations(isa_name: str, scheme
     assert error.max() > 0  # activations really are int8
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("zero", ["none", "mid", "top"])
 @pytest.mark.parametrize("signs", ["all +127", "all -127", "alternating"])
 @pytest.mark.usefixtures("isa")
@@ -120,7 +120,7 @@ def test_extreme_integers_do_not_saturate(bits: int, zero: str, signs: str) -> N
         assert_same(kernels.qgemm(x[:1], kernels.pack(t)), expected[:1].float())
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.usefixtures("isa")
 def test_integer_sums_are_exact(bits: int) -> None:
     g, k = seeded(bits), 128

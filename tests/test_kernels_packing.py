@@ -16,12 +16,12 @@ from kernel_cases import COMPILED, ISAS, SCHEMES, assert_same, core, isa, random
 from torch import Tensor
 
 from llmq import kernels
-from llmq.config import QuantScheme
+from llmq.config import BITS, QuantScheme
 from llmq.kernels import reference
 from llmq.qtensor import QTensor
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("m", [1, 5])
 @pytest.mark.usefixtures("isa")
 def test_nothing_is_written_beside_the_output(bits: int, m: int) -> None:
@@ -67,7 +67,7 @@ def before_forbidden_page(source: Tensor) -> Iterator[int]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="uses mprotect")
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("n", "k", "m"), [(1, 1, 1), (9, 33, 2), (35, 100, 5)])
 @pytest.mark.usefixtures("isa")
 def test_nothing_is_read_behind_the_inputs(bits: int, n: int, k: int, m: int) -> None:
@@ -99,15 +99,37 @@ def test_unpack_is_the_exact_inverse_of_pack(scheme: QuantScheme) -> None:
             assert twin.unpack().digest() == before
 
 
-def test_packed_size_is_codes_plus_scales() -> None:
-    w = kernels.pack(random_qtensor(64, 1024, QuantScheme(4, 128, True)))
-    # 0.5 byte a weight, 2 bytes a scale, 64 bytes of header: nothing else when the shape needs no padding.
-    assert w.nbytes == 64 * 1024 // 2 + 64 * 8 * 2 + 64
-    assert w.nbytes == kernels.pack(random_qtensor(64, 1024, QuantScheme(2, 128, True))).nbytes
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("sym", [True, False])
+def test_packed_size_is_codes_plus_scales(bits: int, sym: bool) -> None:
+    w = kernels.pack(random_qtensor(64, 1024, QuantScheme(bits, 128, sym)))
+    # The codes' bits, 2 bytes a scale, 1 a zero point, 64 bytes of header: nothing else when no padding is needed.
+    assert w.nbytes == 64 * 1024 * bits // 8 + 64 * 8 * (2 if sym else 3) + 64
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_every_code_lies_where_the_layout_says(bits: int) -> None:
+    """Codes read back by the words of cpp/layout.h: a block of 32 columns is ``bits`` vectors of 16 rows x 4 bytes."""
+    n, k = 35, 70
+    scheme = QuantScheme(bits, 32, False)
+    t = random_qtensor(n, k, scheme)
+    w = kernels.pack(t)
+    assert isinstance(w.data, Tensor)
+    panels, blocks, header = 3, 3, -(-3 * 16 * 3 // 64) * 64
+    payload = w.data[64:].view(panels, -1)[:, header:].reshape(panels, blocks, bits, 16, 4).int()
+    low = 2 if bits == 3 else bits
+    quads = torch.stack(
+        [payload[:, :, i * low // 8] >> (i * low % 8) & ((1 << low) - 1) for i in range(8)], dim=2
+    )  # [panel, block, quad, row, column]
+    if bits == 3:
+        quads |= torch.stack([(payload[:, :, 2] >> i & 1) << 2 for i in range(8)], dim=2)
+    codes = quads.permute(0, 3, 1, 2, 4).reshape(panels * 16, blocks * 32)
+    assert torch.equal(codes[:n, :k], t.q.int())
+    assert codes[n:].count_nonzero() == codes[:, k:].count_nonzero() == 0
 
 
 @pytest.mark.parametrize(
-    "scheme", [QuantScheme(3, 256, False), QuantScheme(4, -1, True), QuantScheme(8, 32, False)], ids=str
+    "scheme", [QuantScheme(2, 32, True), QuantScheme(3, 256, False), QuantScheme(4, -1, True), QuantScheme(8, 32, False)], ids=str
 )
 @pytest.mark.parametrize("isa_name", ISAS)
 def test_take_rows_dequantizes_exactly(isa_name: str, scheme: QuantScheme) -> None:
@@ -147,7 +169,7 @@ def test_a_weight_packed_for_the_reference_is_the_qtensor_and_either_form_runs_a
     ("offset", "message"),
     [
         (0, "does not start with 'LQ16'"),
-        (4, "layout version 255, expected 1"),
+        (4, "layout version 255, expected 2"),
         (8, "rows 255, expected 20"),
         (16, "columns 255, expected 70"),
         (24, r"bytes \d+, expected \d+"),
@@ -181,7 +203,7 @@ def test_data_that_cannot_be_a_packed_weight_is_refused() -> None:
         kernels.qgemm(x, kernels.PackedWeight(20, 70, t.scheme, w.data[:10]))
     with pytest.raises(ValueError, match="not aligned to 64 bytes"):
         kernels.qgemm(x, kernels.PackedWeight(20, 70, t.scheme, w.data[1:]))
-    with pytest.raises(ValueError, match="mid 8, expected 4"):
+    with pytest.raises(ValueError, match="bits 4, expected 3"):
         kernels.PackedWeight(20, 70, QuantScheme(3, 32, False), w.data).unpack()
 
 
@@ -189,7 +211,7 @@ def test_data_that_cannot_be_a_packed_weight_is_refused() -> None:
     ("change", "message"),
     [
         ({"n": 0}, "at least one row and column, got 0 x 64"),
-        ({"bits": 5}, "bits of a stored code are 5; the kernels read 4 or 8"),
+        ({"bits": 5}, "bits of a code are 5; the kernels read 2, 3, 4 and 8"),
         ({"source_group": 48}, "group size 48 is neither the whole row nor a multiple of 32"),
         ({"source_group": 160, "k": 500}, "group size 160 is above 128 and no multiple of it"),
     ],

@@ -72,7 +72,7 @@ std::int64_t token_block(std::int64_t m, std::int64_t stride) {
 void qgemm(const KernelTable& table, const Layout& layout, const PackedMatrix& w, const float* x, std::int64_t m,
            const float* bias, float* out) {
   if (m == 0) return;
-  const auto kernel = layout.bits == 4 ? table.qgemm_w4 : table.qgemm_w8;
+  const auto kernel = table.qgemm[slot_of(layout.bits)];
   const Qgemm job{.w = w, .x = scratch_rows(m, w), .bias = bias, .out = out, .out_stride = w.n};
   quantize(table, x, m, w, job.x);
   const std::int64_t panels = layout.panels();
@@ -100,7 +100,7 @@ void take_rows(const KernelTable& table, const Layout& layout, const PackedMatri
                               " is not a row of a matrix with " + std::to_string(w.n) + " rows");
     }
   }
-  const auto kernel = layout.bits == 4 ? table.take_row_w4 : table.take_row_w8;
+  const auto kernel = table.take_row[slot_of(layout.bits)];
   const std::int64_t per_chunk = std::max<std::int64_t>(1, kAloneWork / 8 / w.k);
   parallel_for(ceil_div(count, per_chunk), [&](std::int64_t c) noexcept {
     const std::int64_t end = std::min(count, (c + 1) * per_chunk);

@@ -61,7 +61,7 @@ Inputs Inputs::slice(std::int64_t first, std::int64_t rows) const {
 
 void take_row(const KernelTable& table, const Matrix& w, std::int64_t row, float* out) {
   if (w.quantized()) {
-    (w.bits == 4 ? table.take_row_w4 : table.take_row_w8)(w.packed, row, out);
+    table.take_row[slot_of(w.bits)](w.packed, row, out);
   } else {
     table.take_dense[w.type](w.dense, w.k, row, out);
   }
@@ -73,7 +73,7 @@ void multiply_panels(const KernelTable& table, const Inputs& in, const Product& 
   if (w.quantized() && !float_activations) {
     const Qgemm job{
         .w = w.packed, .x = in.rows_for(w), .bias = w.bias, .out = product.out, .out_stride = product.stride};
-    (w.bits == 4 ? table.qgemm_w4 : table.qgemm_w8)(job, panels, tokens);
+    table.qgemm[slot_of(w.bits)](job, panels, tokens);
     return;
   }
   const Range rows{panels.begin * kPanelRows, std::min(w.n, panels.end * kPanelRows)};

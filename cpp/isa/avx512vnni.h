@@ -15,13 +15,25 @@ namespace {
 
 struct Isa {
   static constexpr int kRows = 16;
-  static constexpr int kRowVectorsOneToken = 2;
-  // 16 accumulators + 4 weights + the nibble mask; the activations are broadcast from memory.
-  static constexpr int kTileVectors = 2;
-  static constexpr int kTileTokens = 8;
+  // 24 sums, 2 codes and the constants of 32 registers; the activations are broadcast from memory.
+  static constexpr int kTilePanels = 2;
+  static constexpr int kTileTokens = 12;
+  static constexpr int kDirectTokens = 8;
 
+  using Bytes = __m512i;
   using Ints = __m512i;
   using Floats = __m512;
+
+  static Bytes load_bytes(const std::uint8_t* p) { return _mm512_loadu_si512(reinterpret_cast<const __m512i*>(p)); }
+  static void store_bytes(std::uint8_t* p, Bytes a) { _mm512_storeu_si512(reinterpret_cast<__m512i*>(p), a); }
+  // (byte >> shift) & mask; a negative shift goes left. The mask drops what 16-bit shifts bring in from neighbours.
+  static LLMQ_INLINE Bytes bits_at(Bytes a, int shift, int mask) {
+    const unsigned left = shift < 0 ? static_cast<unsigned>(-shift) : 0,
+                   right = shift > 0 ? static_cast<unsigned>(shift) : 0;
+    const Bytes moved = left ? _mm512_slli_epi16(a, left) : right ? _mm512_srli_epi16(a, right) : a;
+    return _mm512_and_si512(moved, _mm512_set1_epi8(static_cast<char>(mask)));
+  }
+  static Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 
   static __m512i broadcast4(const std::int8_t* p) {
     std::int32_t four;
@@ -57,28 +69,20 @@ struct Isa {
   static void store(float* out, Floats a) { _mm512_storeu_ps(out, a); }
 };
 
-// Codes of 4 or 8 bits. Nothing saturates: |sum| <= 128 * 255 * 127 < 2^31.
+// Codes of any width. Nothing saturates: |sum| <= 128 * 255 * 127 < 2^31.
 template <int kBits>
 struct Dot {
-  static constexpr int kOperands = 8 / kBits;
+  static constexpr int kPlanes = 1;
+  static constexpr int kSpanBlocks = 4;
+  static constexpr int kChains = 2;
   static constexpr int kOffset = 0;
   using Operand = __m512i;
   using Part = __m512i;
 
-  static void unpack(const std::uint8_t* p, Operand* operands) {
-    const __m512i bytes = _mm512_loadu_si512(reinterpret_cast<const __m512i*>(p));
-    if constexpr (kBits == 8) {
-      operands[0] = bytes;
-    } else {
-      const __m512i low = _mm512_set1_epi8(15);
-      operands[0] = _mm512_and_si512(bytes, low);
-      operands[1] = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), low);
-    }
-  }
-
-  static Part begin(Isa::Ints acc) { return acc; }
+  static Operand operand(Isa::Bytes codes) { return codes; }
+  static Part zero() { return _mm512_setzero_si512(); }
   static Part add(Part part, Operand codes, __m512i x) { return _mm512_dpbusd_epi32(part, codes, x); }
-  static Isa::Ints end(Isa::Ints, Part part) { return part; }
+  static Isa::Ints widen(Isa::Ints acc, Part part, int) { return _mm512_add_epi32(acc, part); }
 };
 
 }  // namespace

@@ -41,12 +41,26 @@ Ints4 add_halves(Shorts8 a) {
 
 struct Isa {
   static constexpr int kRows = 4;
-  static constexpr int kRowVectorsOneToken = 4;
-  static constexpr int kTileVectors = 4;
+  static constexpr int kTilePanels = 1;
   static constexpr int kTileTokens = 2;
+  static constexpr int kDirectTokens = 2;
 
+  using Bytes = Bytes16;
   using Ints = Ints4;
   using Floats = Floats4;
+
+  static Bytes load_bytes(const std::uint8_t* p) {
+    Bytes bytes;
+    __builtin_memcpy(&bytes, p, sizeof bytes);
+    return bytes;
+  }
+  static void store_bytes(std::uint8_t* p, Bytes a) { __builtin_memcpy(p, &a, sizeof a); }
+  // (byte >> shift) & mask; a negative shift goes left. The mask drops what 16-bit shifts bring in from neighbours.
+  static LLMQ_INLINE Bytes bits_at(Bytes a, int shift, int mask) {
+    const UShorts8 pairs = (UShorts8)a;
+    return (Bytes)(shift < 0 ? pairs << -shift : pairs >> shift) & static_cast<std::uint8_t>(mask);
+  }
+  static Bytes either(Bytes a, Bytes b) { return a | b; }
 
   // Four activations as 16-bit numbers, those of even and those of odd columns, once a 32-bit lane.
   struct Four {
@@ -98,55 +112,44 @@ struct Codes {
   Shorts8 even, odd;
 };
 
-Codes split_codes(Bytes16 codes) {
-  const UShorts8 pairs = (UShorts8)codes;
-  return {(Shorts8)(pairs & 255), (Shorts8)(pairs >> 8)};
-}
-
-Bytes16 load_bytes(const std::uint8_t* p) {
-  Bytes16 bytes;
-  __builtin_memcpy(&bytes, p, sizeof bytes);
-  return bytes;
-}
-
+// Narrow sums are int16, two a row. A block of 32 columns adds at most 16 * c * 127 = 2032 c to one, codes going up to
+// c: 24384 in 4 blocks of 2-bit codes, 28448 in 2 blocks of 3-bit codes, 30480 in one of 4-bit codes, all below 32767.
 template <int kBits>
-struct Dot;
-
-// 4-bit codes: a block of 32 columns adds 16 products to each 16-bit half, at most 16 * 15 * 127 = 30480 < 32767.
-template <>
-struct Dot<4> {
-  static constexpr int kOperands = 2;
+struct Dot {
+  static constexpr int kPlanes = 1;
+  static constexpr int kSpanBlocks = kBits == 2 ? 4 : kBits == 3 ? 2 : 1;
+  static constexpr int kChains = 1;
   static constexpr int kOffset = 0;
   using Operand = Codes;
   using Part = Shorts8;
 
-  static void unpack(const std::uint8_t* p, Operand* operands) {
-    const Bytes16 bytes = load_bytes(p);
-    operands[0] = split_codes(bytes & 15);
-    operands[1] = split_codes(bytes >> 4);
+  static Operand operand(Isa::Bytes codes) {
+    const UShorts8 pairs = (UShorts8)codes;
+    return {(Shorts8)(pairs & 255), (Shorts8)(pairs >> 8)};
   }
-
-  static Part begin(Isa::Ints) { return Part{}; }
+  static Part zero() { return Part{}; }
   static Part add(Part part, const Operand& codes, const Isa::Four& x) {
     return part + codes.even * x.even + codes.odd * x.odd;
   }
-  static Isa::Ints end(Isa::Ints acc, Part part) { return acc + add_halves(part); }
+  static Isa::Ints widen(Isa::Ints acc, Part part, int) { return acc + add_halves(part); }
 };
 
 // 8-bit codes: a product is at most 255 * 127 = 32385 < 32767, and is widened before it is added.
 template <>
 struct Dot<8> {
-  static constexpr int kOperands = 1;
+  static constexpr int kPlanes = 1;
+  static constexpr int kSpanBlocks = 1;
+  static constexpr int kChains = 1;
   static constexpr int kOffset = 0;
   using Operand = Codes;
   using Part = Isa::Ints;
 
-  static void unpack(const std::uint8_t* p, Operand* operands) { operands[0] = split_codes(load_bytes(p)); }
-  static Part begin(Isa::Ints acc) { return acc; }
+  static Operand operand(Isa::Bytes codes) { return Dot<4>::operand(codes); }
+  static Part zero() { return Part{}; }
   static Part add(Part part, const Operand& codes, const Isa::Four& x) {
     return part + add_halves(codes.even * x.even) + add_halves(codes.odd * x.odd);
   }
-  static Isa::Ints end(Isa::Ints, Part part) { return part; }
+  static Isa::Ints widen(Isa::Ints acc, Part part, int) { return acc + part; }
 };
 
 }  // namespace

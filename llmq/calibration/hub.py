@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmq.config import one_of
+from llmq.config import cache_folder, one_of
 
 # Long enough for a slow line, short enough not to be taken for a hang.
 PROBE_SECONDS = 4.0
@@ -73,9 +73,9 @@ class HubSet:
         return " ".join(p for p in parts if p)
 
 
-def cache_folder() -> Path:
+def rows_folder() -> Path:
     """Folder of streamed rows: ``$LLMQ_CACHE/calibration``, by default ``~/.cache/llmq/calibration``."""
-    return Path(os.environ.get("LLMQ_CACHE") or "~/.cache/llmq").expanduser() / "calibration"
+    return cache_folder() / "calibration"
 
 
 def reachable() -> bool:
@@ -163,7 +163,7 @@ def _live(hub: HubSet, name: str) -> Iterator[str]:
             raise FileNotFoundError(
                 f"data set {hub.describe(name)} could not be read ({type(e).__name__}: {e}); {OFFLINE_WAYS}"
             ) from e
-        looked = cache_folder() if hub.streaming else datasets.config.HF_DATASETS_CACHE
+        looked = rows_folder() if hub.streaming else datasets.config.HF_DATASETS_CACHE
         raise FileNotFoundError(
             f"data set {hub.describe(name)}: the hub cannot be reached, and it is not in the cache {looked}; "
             f"{OFFLINE_WAYS}"
@@ -172,7 +172,7 @@ def _live(hub: HubSet, name: str) -> Iterator[str]:
 
 def _streamed(hub: HubSet, name: str, notes: list[str]) -> Iterator[str]:
     """Rows kept from earlier runs, then the live stream; what was read live is kept when the reader stops."""
-    path = cache_folder() / f"{hub.path.replace('/', '--')}-{hub.split(name).split}.jsonl"
+    path = rows_folder() / f"{hub.path.replace('/', '--')}-{hub.split(name).split}.jsonl"
     kept = _kept(path)
     yield from kept
     if kept and not reachable():

@@ -38,6 +38,7 @@ __all__ = [
     "current_isa",
     "follow_torch",
     "layout",
+    "layout_version",
     "num_threads",
     "pack",
     "qgemm",
@@ -142,12 +143,11 @@ if _core:
 
 @functools.cache
 def _layout(n: int, k: int, scheme: QuantScheme) -> _core.Layout:
-    # 2- and 3-bit codes are stored in 4 bits, unchanged.
     return _core.Layout(
         n=n,
         k=k,
         source_group=scheme.group_width(k),
-        bits=max(scheme.bits, 4),
+        bits=scheme.bits,
         has_zero=not scheme.sym,
         mid=scheme.mid,
     )
@@ -196,13 +196,18 @@ class PackedWeight:
         return QTensor(q, scale, zero, self.scheme)
 
 
+def layout_version() -> int:
+    """Version of the packed layout; packed bytes of another one cannot be read. 0 without the compiled module."""
+    return int(_core.LAYOUT_VERSION) if _core else 0
+
+
 def layout(w: PackedWeight) -> _core.Layout:
     """The compiled description of a packed matrix, as the compiled decoder takes it."""
     return _layout(w.n, w.k, w.scheme)
 
 
 def pack(t: QTensor) -> PackedWeight:
-    """The packed form of ``t`` for the kernel set in use; ``t`` is left alone. Codes of 2 and 3 bits take 4 bits here.
+    """The packed form of ``t`` for the kernel set in use; ``t`` is left alone.
 
     Raises ValueError when a code does not fit the scheme's bits.
     """

@@ -11,7 +11,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -20,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmq.config import cache_folder
 from llmq.models.gguf import EXPANSION, check_magic, expand_apart
 from llmq.models.reader import INDEX_FILE, SINGLE_FILE
 
@@ -113,11 +113,6 @@ def resolve(spec: str, *, log: Log) -> ResolvedModel:
         f"no model is called {spec!r}: there is no such folder or .gguf file, it is not of the form owner/name, and the"
         f" known aliases are {', '.join(ALIASES)}"
     )
-
-
-def cache_folder() -> Path:
-    """Where expanded models are kept: ``$LLMQ_CACHE``, or ``~/.cache/llmq``."""
-    return Path(os.environ.get("LLMQ_CACHE") or Path.home() / ".cache" / "llmq").expanduser()
 
 
 def offline_aliases() -> list[str]:

@@ -19,14 +19,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llmq import kernels
 from llmq.runtime import generation
 from llmq.runtime.cache import NativeCache, check_positions, shown_columns
-from llmq.runtime.native import CACHED, NativeDecoder, Unsupported
+from llmq.runtime.native import NativeDecoder, Unsupported
 from llmq.runtime.options import say_once
 
 # Arguments of forward that change nothing here, whatever their value.
-IGNORED_ARGUMENTS = frozenset("use_cache return_dict cache_position tokenizer inputs_tensor".split())
+IGNORED_ARGUMENTS = frozenset(["use_cache", "return_dict", "cache_position", "tokenizer", "inputs_tensor"])
 # Those that the native forward understands.
 NATIVE_ARGUMENTS = frozenset(
-    "input_ids attention_mask position_ids past_key_values labels logits_to_keep num_items_in_batch".split()
+    ["input_ids", "attention_mask", "position_ids", "past_key_values", "labels", "logits_to_keep", "num_items_in_batch"]
 )
 
 
@@ -123,9 +123,8 @@ class NativeCausalLM:
         return super()._beam_search(input_ids, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Copies and pickles name the Hugging Face class, and leave the compiled decoder out: it is made anew."""
-        state = {name: value for name, value in self.__dict__.items() if name != CACHED}
-        return _empty, (type(self).__mro__[2],), state
+        """Copies and pickles name the Hugging Face class; the compiled decoder is made anew."""
+        return _empty, (type(self).__mro__[2],), dict(self.__dict__)
 
 
 def forward(model: Any, given: dict[str, Any]) -> CausalLMOutputWithPast:

@@ -6,6 +6,7 @@ package could prevent that, so the model card of every folder says it.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmq.checkpoint import QUANT_METHOD, check_files, matrix_layout, parse_quantization_config
 from llmq.config import QuantScheme
+from llmq.kernels import PackedWeight
+from llmq.runtime import packed_cache
 from llmq.runtime.causal_lm import adopt
 from llmq.runtime.qlinear import QEmbedding, QLinear, QuantizedMatrix, TiedHead
 
@@ -38,6 +41,8 @@ class LlmqQuantizer(HfQuantizer):
     """Puts QLinear, QEmbedding and TiedHead in place before the weights arrive, packs them afterwards."""
 
     requires_calibration = True
+    _files: tuple[str, ...] = ()
+    _packed: dict[str, PackedWeight] = {}
 
     def validate_environment(self, *_args: Any, **kwargs: Any) -> None:
         """Refuse devices other than the CPU."""
@@ -79,19 +84,35 @@ class LlmqQuantizer(HfQuantizer):
             _replace(model, name, TiedHead(embedding, activation_bits=activation_bits))
         if tied:  # nothing is left for transformers to tie
             model.__dict__.update(_tied_weights_keys=None, all_tied_weights_keys={})
-        files = kwargs.get("checkpoint_files")
-        if files:
-            check_files(files, _expected(model, schemes), where)
+        self._files = tuple(kwargs.get("checkpoint_files") or ())
+        if self._files:
+            check_files(self._files, _expected(model, schemes), where)
+            self._packed = packed_cache.load(self._files, _matrices(model))
+        if self._packed:
+            # Without buffers the modules ask for no tensors, and those in the files are left unread.
+            for module in _matrices(model).values():
+                module.drop_buffers()
+            patterns = {rf"^{re.escape(name)}\.(qweight|scales|zeros)$" for name in schemes}
+            known = set(model._keys_to_ignore_on_load_unexpected or ())
+            model.__dict__["_keys_to_ignore_on_load_unexpected"] = known | patterns
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:
         dtype = model.dtype
         assert isinstance(dtype, torch.dtype)
-        for module in model.modules():
-            if isinstance(module, QuantizedMatrix):
-                module.pack_()
+        matrices = _matrices(model)
+        for name, module in matrices.items():
+            if name in self._packed:
+                module.set_packed(self._packed[name])
+            module.pack_()
             if isinstance(module, QEmbedding):
                 module.reset_output_scale(dtype)
+        if self._files and not self._packed:
+            packed_cache.save(self._files, matrices)
         return adopt(model)
+
+
+def _matrices(model: nn.Module) -> dict[str, QuantizedMatrix]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, QuantizedMatrix)}
 
 
 def _module(model: nn.Module, name: str, where: str) -> nn.Module:

@@ -6,6 +6,7 @@ stays intact beside it.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence as ListLike
 from typing import Any
 
@@ -21,6 +22,7 @@ from llmq.runtime.qlinear import QEmbedding, QLinear, QuantizedMatrix, TiedHead
 OUTPUTS = {"last": 0, "all": 1, "states": 2}
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}
 DENSE_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+KV_DTYPES = (torch.float16, torch.float32)
 # Rope types whose frequencies do not depend on the length of the text.
 ROPE_TYPES = ("default", "linear", "llama3")
 LINEARS = {
@@ -34,7 +36,6 @@ LINEARS = {
 }
 NORMS = ("attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm", "q_norm", "k_norm")
 LAYER_TYPES = ("full_attention", "sliding_attention")
-CACHED = "_llmq_native"
 
 
 class Unsupported(Exception):
@@ -91,10 +92,9 @@ class NativeDecoder:
         Raises Unsupported saying what stands in the way.
         """
         core()
-        made = model.__dict__.get(CACHED)
-        if not isinstance(made, cls) or not made._is_current(model):
-            made = cls(model)
-            model.__dict__[CACHED] = made
+        made = _DECODERS.get(model)
+        if made is None or not made._is_current(model):
+            made = _DECODERS[model] = cls(model)
         made.activation_bits = _activation_bits(made._modules)
         return made
 
@@ -103,9 +103,16 @@ class NativeDecoder:
             _packed(m) is p for m, p in zip(self._modules, self._packed, strict=True)
         )
 
-    def new_sequence(self) -> Sequence:
-        """An empty sequence; its keys and values are kept in fp16, with float activations in fp32."""
-        return Sequence(self._core.new_sequence(full_floats=self.activation_bits == 16))
+    def new_sequence(self, *, kv_dtype: torch.dtype | None = None) -> Sequence:
+        """An empty sequence.
+
+        Args:
+            kv_dtype: of its keys and values, float16 or float32; None: float16, with float activations float32.
+        """
+        if kv_dtype is None:
+            kv_dtype = torch.float32 if self.activation_bits == 16 else torch.float16
+        one_of("kv_dtype", kv_dtype, KV_DTYPES)
+        return Sequence(self._core.new_sequence(full_floats=kv_dtype == torch.float32))
 
     def forward(self, tokens: ListLike[Tensor], sequences: ListLike[Sequence], *, output: str = "last") -> Tensor:
         """Append ``tokens[i]`` to ``sequences[i]`` and compute what follows.
@@ -124,6 +131,8 @@ class NativeDecoder:
         one_of("output", output, OUTPUTS)
         if len(tokens) != len(sequences):
             raise ValueError(f"{len(tokens)} token rows for {len(sequences)} sequences; give one a sequence")
+        if not tokens:
+            raise ValueError("no sequence was given; a step needs at least one")
         counts = [t.numel() for t in tokens]
         ids = (torch.cat(list(tokens)) if len(tokens) != 1 else tokens[0]).to(torch.int64).contiguous()
         rows = len(tokens) if output == "last" else sum(counts)
@@ -151,10 +160,14 @@ class NativeDecoder:
         return out
 
 
+# Beside the models, not in them: a decoder can be neither copied nor pickled, a model can.
+_DECODERS: weakref.WeakKeyDictionary[nn.Module, NativeDecoder] = weakref.WeakKeyDictionary()
+
+
 def core() -> Any:
     """The compiled module. Raises Unsupported where the kernels in use are not compiled ones."""
     if kernels._core is None or kernels.current_isa() == kernels.REFERENCE:
-        raise Unsupported("the kernels in use are plain torch (LLMQ_ISA=reference, or llmq was built without a compiler)")
+        raise Unsupported("the kernels in use are plain torch (LLMQ_ISA=reference, or no compiled module)")
     return kernels._core
 
 
@@ -292,6 +305,4 @@ class _Parts:
                     weight = weight.to(dtype)
                     break
         n, k = weight.shape
-        return core().Matrix.dense(
-            data=self._keep(weight), n=n, k=k, type=DENSE_TYPES[weight.dtype], bias=bias_at
-        )
+        return core().Matrix.dense(data=self._keep(weight), n=n, k=k, type=DENSE_TYPES[weight.dtype], bias=bias_at)

@@ -23,12 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Fields of GenerationConfig that the native loop honours, or that mean nothing to a loop with one beam.
 NATIVE_OPTIONS = frozenset(
-    "max_length max_new_tokens min_length min_new_tokens max_time stop_strings "
-    "do_sample temperature top_k top_p min_p repetition_penalty num_return_sequences "
-    "return_dict_in_generate pad_token_id bos_token_id eos_token_id "
-    "prompt_lookup_num_tokens max_matching_ngram_size "
-    "early_stopping length_penalty "
-    "disable_compile compile_config transformers_version".split()
+    ["max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_return_sequences", "return_dict_in_generate", "pad_token_id", "bos_token_id", "eos_token_id", "prompt_lookup_num_tokens", "max_matching_ngram_size", "early_stopping", "length_penalty", "disable_compile", "compile_config", "transformers_version"]
 )
 # Values of other fields that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -39,7 +34,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # Keyword arguments that reach a decoding loop and that it understands.
 NATIVE_ARGUMENTS = frozenset(
-    "attention_mask position_ids past_key_values use_cache logits_to_keep tokenizer inputs_tensor".split()
+    ["attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "tokenizer", "inputs_tensor"]
 )
 
 _said: set[str] = set()

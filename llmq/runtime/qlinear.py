@@ -41,7 +41,17 @@ class QuantizedMatrix(nn.Module):
         """Take another matrix of the same shape and scheme, packed for the current kernels."""
         if t.shape != (self.n, self.k) or t.scheme != self.scheme:
             raise ValueError(f"matrix is {t.shape} in {t.scheme}, the module holds {(self.n, self.k)} in {self.scheme}")
-        self.packed = kernels.pack(t)
+        self.set_packed(kernels.pack(t))
+
+    def set_packed(self, w: PackedWeight) -> None:
+        """Take a matrix that is packed already, of the same shape and scheme, and drop the loaded buffers."""
+        if (w.n, w.k, w.scheme) != (self.n, self.k, self.scheme):
+            raise ValueError(f"matrix is {w.n} x {w.k} in {w.scheme}, the module {self.n} x {self.k} in {self.scheme}")
+        self.packed = w
+        self.drop_buffers()
+
+    def drop_buffers(self) -> None:
+        """Let go of the tensors that a loader would fill."""
         for key in matrix_layout(self.n, self.k, self.scheme):
             self._buffers.pop(key, None)
 

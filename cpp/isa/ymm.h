@@ -1,0 +1,65 @@
+// What the ISAs of 32-byte registers share: AVX2, FMA and F16C.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace llmq {
+namespace {
+
+struct Isa {
+  static constexpr int kRows = 8;
+  static constexpr int kTilePanels = 1;
+  static constexpr int kTileTokens = 6;
+  static constexpr int kDirectTokens = 4;
+
+  using Bytes = __m256i;
+  using Ints = __m256i;
+  using Floats = __m256;
+
+  static Bytes load_bytes(const std::uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
+  static void store_bytes(std::uint8_t* p, Bytes a) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), a); }
+  // (byte >> shift) & mask; a negative shift goes left. The mask drops what 16-bit shifts bring in from neighbours.
+  static LLMQ_INLINE Bytes bits_at(Bytes a, int shift, int mask) {
+    const Bytes moved = shift < 0 ? _mm256_slli_epi16(a, -shift) : shift > 0 ? _mm256_srli_epi16(a, shift) : a;
+    return _mm256_and_si256(moved, _mm256_set1_epi8(static_cast<char>(mask)));
+  }
+  static Bytes either(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
+
+  static __m256i broadcast4(const std::int8_t* p) {
+    std::int32_t four;
+    __builtin_memcpy(&four, p, sizeof four);
+    return _mm256_set1_epi32(four);
+  }
+
+  static Ints set_ints(std::int32_t value) { return _mm256_set1_epi32(value); }
+
+  // (offset - zero[r]) * total. Both factors fit 16 bits (|total| <= 127 * 128) and the upper half of total is cleared,
+  // so vpmaddwd multiplies the lower halves only.
+  static Ints offset_minus_zeros_times(int offset, const std::uint8_t* zeros, std::int32_t total) {
+    const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros)));
+    return _mm256_madd_epi16(_mm256_sub_epi32(_mm256_set1_epi32(offset), wide), _mm256_set1_epi32(total & 0xffff));
+  }
+
+  static Floats set_floats(float value) { return _mm256_set1_ps(value); }
+  static Floats halves_to_floats(const std::uint16_t* halves) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
+  }
+  static Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
+  static Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+  static Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
+  static Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+  static Floats load(const float* p) { return _mm256_loadu_ps(p); }
+  static Floats brains_to_floats(const std::uint16_t* p) {
+    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  }
+  static void store_halves(std::uint16_t* p, Floats a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void store(float* out, Floats a) { _mm256_storeu_ps(out, a); }
+};
+
+}  // namespace
+}  // namespace llmq

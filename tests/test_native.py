@@ -1,0 +1,290 @@
+"""The native decoder against the Hugging Face graph, family by family, kernel set by kernel set.
+
+Tolerance: two orders of evaluation in fp32 are each off from exact arithmetic by a random walk of roundings of the same
+size. The size is measured: the graph itself in fp32 against the same graph in fp64. The decoder may be off by 8 times
+that (it also takes other roundings of exp and tanh, of at most 2 units in the last place each).
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import COMPILED, core, isa  # noqa: F401 - a fixture
+from torch import Tensor
+from transformers import AutoConfig
+
+from llmq import AutoModelForCausalLM, CalibConfig, QuantScheme, kernels, quantize_model, set_activation_bits
+from llmq.models.families import FAMILIES
+from llmq.runtime.native import NativeDecoder, Unsupported
+from llmq.runtime.qlinear import QLinear
+
+NATIVE = [f.name for f in FAMILIES if f.native]
+TIMES_ROUNDING = 8
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_model, tmp_path_factory):
+    """``folders(family)``: a quantized tiny model of three blocks."""
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made:
+            out = tmp_path_factory.mktemp("native") / family
+            calib = CalibConfig(calib="stdlib", nsamples=2, seqlen=32)
+            source = tiny_model(family, blocks=3)
+            made[family] = quantize_model(source, QuantScheme(4, 32), method="rtn", output=out, calib=calib).folder
+        return made[family]
+
+    return get
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def ids_of(*lengths: int) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 384, (n,), generator=draw) for n in lengths]
+
+
+@torch.no_grad()
+def graph_logits(model: Any, ids: Tensor) -> Tensor:
+    """f32[T, V] of the Hugging Face graph itself (a subclass's forward may be native)."""
+    base = next(c for c in type(model).__mro__ if c.__module__.startswith("transformers."))
+    return base.forward(model, input_ids=ids[None], use_cache=False).logits[0]
+
+
+def dequantized(model: Any, folder: Path) -> Any:
+    """The same model as a plain graph of dense fp32 weights."""
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32).eval()
+    state = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "qtensor"):
+            state[f"{name}.weight"] = module.qtensor().dequantize()
+            if getattr(module, "bias", None) is not None:
+                state[f"{name}.bias"] = module.bias
+    norms = {k: v for k, v in model.state_dict().items() if "norm" in k}
+    missing, unexpected = plain.load_state_dict({**state, **norms}, strict=False)
+    assert set(missing) <= {"lm_head.weight"}
+    assert not unexpected
+    plain.tie_weights()
+    return plain
+
+
+def rounding_of(plain: Any, rows: list[Tensor]) -> float:
+    """Largest error of the fp32 graph, against itself in fp64."""
+    double = copy.deepcopy(plain).double()
+    for module, twin in zip(plain.modules(), double.modules(), strict=True):
+        if hasattr(module, "rotary_fn") or type(module).__name__.endswith("RotaryEmbedding"):
+            twin.float()  # the angles are fp32 in both: they are part of the model, not of its evaluation
+    return max(float((graph_logits(plain, r) - graph_logits(double, r)).abs().max()) for r in rows)
+
+
+@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.usefixtures("isa")
+def test_logits_are_those_of_the_graph_with_dequantized_weights(folders, family: str) -> None:
+    model = load(folders(family))
+    set_activation_bits(model, 16)
+    plain = dequantized(model, folders(family))
+    rows = ids_of(150, 40)  # windows of 8 tokens are crossed many times, and a page of 64 twice
+    limit = TIMES_ROUNDING * rounding_of(plain, rows)
+    decoder = NativeDecoder.of(model)
+    sequences = [decoder.new_sequence() for _ in rows]
+    # A batch of different lengths, in two calls that cut pages and blocks of 16.
+    cuts = (101, 7)
+    first = decoder.forward([r[:c] for r, c in zip(rows, cuts, strict=True)], sequences, output="all")
+    second = decoder.forward([r[c:] for r, c in zip(rows, cuts, strict=True)], sequences, output="all")
+    split = [torch.cat([first[:101], second[:49]]), torch.cat([first[101:], second[49:]])]
+    for actual, row in zip(split, rows, strict=True):
+        expected = graph_logits(plain, row)
+        assert (actual - expected).abs().max() <= limit
+        assert (actual - 1.01 * expected).abs().max() > limit  # one percent off would be seen
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_dense_models_run_too(tiny_model, family: str) -> None:
+    plain = load(tiny_model(family))
+    [row] = ids_of(70)
+    decoder = NativeDecoder.of(plain)
+    assert decoder.activation_bits == 16
+    actual = decoder.forward([row], [decoder.new_sequence()], output="all")
+    assert (actual - graph_logits(plain, row)).abs().max() <= TIMES_ROUNDING * rounding_of(plain, [row])
+
+
+@pytest.mark.parametrize("family", NATIVE)
+@pytest.mark.usefixtures("isa")
+def test_int8_activations_are_those_of_qlinear(folders, family: str) -> None:
+    model = load(folders(family))
+    rows = ids_of(*[6] * 24)
+    decoder = NativeDecoder.of(model)
+    sequences = [decoder.new_sequence(kv_dtype=torch.float32) for _ in rows]
+    actual = decoder.forward(rows, sequences, output="all").view(24, 6, -1)
+    expected = torch.stack([graph_logits(model, row) for row in rows])
+    difference = (actual - expected).abs().amax(dim=(1, 2))
+    # Inputs that differ in their last bits round to the same int8, but for a rare value near a tie, which moves its
+    # token and those behind it by a step: hence short rows, most of which meet no tie.
+    assert (difference <= 1e-4).float().mean() >= 0.6
+    assert difference.max() <= 0.5
+    assert (1.01 * actual - expected).abs().max() > 1e-2  # one percent off would be seen in every row
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_one_token_at_a_time_gives_the_bits_of_many(folders, family: str) -> None:
+    model = load(folders(family))
+    decoder = NativeDecoder.of(model)
+    [row] = ids_of(90)
+    together = decoder.forward([row], [decoder.new_sequence()], output="all")
+    s = decoder.new_sequence()
+    kernels.set_num_threads(1)  # more threads cut long contexts into parts, which are merged in another order
+    try:
+        steps = torch.cat([decoder.forward([t[None]], [s]) for t in row])
+    finally:
+        kernels.set_num_threads(2)
+    assert torch.equal(steps, together)
+    assert s.length == 90
+
+
+def test_outputs_agree_with_each_other(folders) -> None:
+    model = load(folders("gemma2"))
+    decoder = NativeDecoder.of(model)
+    rows = ids_of(30, 5)
+    new = lambda: [decoder.new_sequence() for _ in rows]  # noqa: E731
+    everything = decoder.forward(rows, new(), output="all")
+    assert torch.equal(decoder.forward(rows, new(), output="last"), everything[[29, 34]])
+    states = decoder.forward(rows, new(), output="states")
+    assert states.shape == (35, decoder.hidden_size)
+    assert torch.equal(decoder.logits(states), everything)
+
+
+def test_a_long_context_up_to_the_last_position(folders) -> None:
+    model = load(folders("gemma3"))
+    set_activation_bits(model, 16)
+    plain = dequantized(model, folders("gemma3"))
+    decoder = NativeDecoder.of(model)
+    [row] = ids_of(decoder.max_positions)
+    s = decoder.new_sequence()
+    decoder.forward([row[:-1]], [s])
+    actual = decoder.forward([row[-1:]], [s])
+    assert (actual[0] - graph_logits(plain, row)[-1]).abs().max() <= TIMES_ROUNDING * rounding_of(plain, [row])
+    with pytest.raises(ValueError, match=r"would hold 513 tokens; the model's context is 512"):
+        decoder.forward([row[:1]], [s])
+    assert s.length == 512
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "linear", "factor": 4.0}, {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}], ids=lambda r: r["rope_type"])  # fmt: skip
+def test_rope_scaling(tiny_model, rope: dict[str, Any]) -> None:
+    config = AutoConfig.from_pretrained(tiny_model("llama"))
+    config.rope_parameters = {"rope_theta": 10000.0, **rope}
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), config=config, attn_implementation="eager").eval()
+    [row] = ids_of(120)
+    decoder = NativeDecoder.of(plain)
+    actual = decoder.forward([row], [decoder.new_sequence()], output="all")
+    assert (actual - graph_logits(plain, row)).abs().max() <= TIMES_ROUNDING * rounding_of(plain, [row])
+
+
+def test_sequences_are_cropped_copied_and_grown_again(folders) -> None:
+    model = load(folders("qwen3"))
+    decoder = NativeDecoder.of(model)
+    [row] = ids_of(140)
+    s = decoder.new_sequence()
+    assert (s.length, s.nbytes) == (0, 0)
+    once = decoder.forward([row], [s])
+    twin = s.copy()
+    s.crop(50)
+    assert (s.length, twin.length) == (50, 140)
+    assert torch.equal(decoder.forward([row[50:]], [s]), once)
+    other = decoder.forward([row[:3]], [twin])
+    assert not torch.equal(other, once)
+    assert s.length == 140
+    with pytest.raises(ValueError, match=r"cannot crop a sequence of 140 tokens to 141"):
+        s.crop(141)
+    # Keys and values of 2 heads, 16 wide, 3 layers, f16; pages of 64 tokens.
+    assert s.nbytes == 3 * 3 * 64 * 2 * 2 * 16 * 2
+
+
+def test_bad_input_is_an_error_and_leaves_the_sequence_alone(folders) -> None:
+    decoder = NativeDecoder.of(load(folders("llama")))
+    s = decoder.new_sequence()
+    decoder.forward([torch.tensor([5, 6])], [s])
+    good = torch.tensor([7])
+    for tokens, sequences, message in (
+        ([torch.tensor([5, 384])], [s], r"token id 384 at position 1 of sequence 0 is outside the vocabulary of 384"),
+        ([torch.tensor([-1])], [s], r"token id -1 at position 0"),
+        ([torch.zeros(0, dtype=torch.int64)], [s], r"sequence 0 gets no token"),
+        ([torch.full((511,), 5)], [s], r"would hold 513 tokens"),
+        ([good, good], [s, s], r"in use by another call \(or given twice\)"),
+        ([good, good], [s], r"2 token rows for 1 sequences"),
+        ([], [], r"no sequence was given"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decoder.forward(tokens, sequences)
+    other = NativeDecoder.of(load(folders("gemma3")))
+    with pytest.raises(ValueError, match="belongs to another model"):
+        other.forward([good], [s])
+    with pytest.raises(ValueError, match="output is 'both'"):
+        decoder.forward([good], [s], output="both")
+    assert s.length == 2
+
+
+def test_models_without_a_native_decoder_say_why(tiny_model) -> None:
+    with pytest.raises(Unsupported, match="model type 'gpt_neox' has no native decoder"):
+        NativeDecoder.of(load(tiny_model("gpt_neox")))
+    llama = load(tiny_model("llama"))
+    llama.model.layers[1].mlp.up_proj = torch.nn.Identity()
+    with pytest.raises(Unsupported, match="an? Identity stands where a linear was expected"):
+        NativeDecoder.of(llama)
+    with kernels.use_isa("reference"), pytest.raises(Unsupported, match="plain torch"):
+        NativeDecoder.of(load(tiny_model("llama")))
+
+
+def test_nan_in_weights_is_an_error(tiny_model) -> None:
+    model = load(tiny_model("llama"))
+    with torch.no_grad():
+        model.model.norm.weight[3] = float("nan")
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        NativeDecoder.of(model)
+
+
+def test_the_decoder_follows_changes_of_the_model(folders) -> None:
+    model = load(folders("llama"))
+    decoder = NativeDecoder.of(model)
+    assert NativeDecoder.of(model) is decoder
+    linear = model.model.layers[0].mlp.up_proj
+    assert isinstance(linear, QLinear)
+    linear.set_qtensor(linear.qtensor())
+    assert NativeDecoder.of(model) is not decoder
+    set_activation_bits(model, 16)
+    assert NativeDecoder.of(model).activation_bits == 16
+
+
+def test_steps_outlive_the_model_and_run_from_several_threads(folders) -> None:
+    model = load(folders("mistral"))
+    decoder = NativeDecoder.of(model)
+    rows = ids_of(64, 64, 64, 64)
+    expected = [decoder.forward([r], [decoder.new_sequence()]) for r in rows]
+    del model
+    gc.collect()
+    found: dict[int, Tensor] = {}
+
+    def work(i: int) -> None:
+        for _ in range(5):
+            found[i] = decoder.forward([rows[i]], [decoder.new_sequence()])
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for w in workers:
+        w.start()
+    for w in workers:
+        w.join()
+    for i, e in enumerate(expected):
+        assert torch.allclose(found[i], e, rtol=0, atol=1e-5 * float(e.abs().max()))  # parts of the keys may differ
