@@ -113,7 +113,7 @@ def _leaving(model: Any, block_names: list[str], ids: Tensor, entering: Tensor) 
         last.register_forward_hook(leave),
     ]
     try:
-        model(input_ids=ids, use_cache=False)
+        model.get_decoder()(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
