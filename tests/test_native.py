@@ -21,6 +21,7 @@ from transformers import AutoConfig
 
 from llmq import AutoModelForCausalLM, CalibConfig, QuantScheme, kernels, quantize_model, set_activation_bits
 from llmq.models.families import FAMILIES
+from llmq.runtime.causal_lm import NativeCausalLM
 from llmq.runtime.native import NativeDecoder, Unsupported
 from llmq.runtime.qlinear import QLinear
 
@@ -55,8 +56,9 @@ def ids_of(*lengths: int) -> list[Tensor]:
 
 @torch.no_grad()
 def graph_logits(model: Any, ids: Tensor) -> Tensor:
-    """f32[T, V] of the Hugging Face graph itself (a subclass's forward may be native)."""
-    base = next(c for c in type(model).__mro__ if c.__module__.startswith("transformers."))
+    """f32[T, V] of the Hugging Face graph itself."""
+    native = issubclass(type(model), NativeCausalLM)
+    base = type(model).__mro__[2] if native else type(model)  # native, NativeCausalLM, the class itself
     return base.forward(model, input_ids=ids[None], use_cache=False).logits[0]
 
 

@@ -10,7 +10,7 @@ namespace {
 
 struct Isa {
   static constexpr int kRows = 8;
-  static constexpr int kPanelsOneToken = 2;
+  static constexpr int kPanelsOneToken = 1;
   static constexpr int kTilePanels = 1;
   static constexpr int kTileTokens = 4;
 

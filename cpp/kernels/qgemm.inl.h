@@ -193,9 +193,11 @@ struct Tile {
       for (int v = 0; v < kVectors; ++v) sum[t][v] = Isa::load(sums + t * kPanels * kPanelRows + v * Isa::kRows);
     }
     while (at.columns > 0) {
-      Ints acc[kBatchColumns / kBlockColumns][kTokens][kVectors];
+      // One token reads memory all the time: several groups' sums waiting would only hold its loads up.
+      constexpr int kBatch = kTokens == 1 ? 128 : kBatchColumns;
+      Ints acc[kBatch / kBlockColumns][kTokens][kVectors];
       int groups = 0;
-      for (std::int64_t room = kBatchColumns; at.columns > 0 && room >= at.group; room -= at.group, ++groups) {
+      for (std::int64_t room = kBatch; at.columns > 0 && room >= at.group; room -= at.group, ++groups) {
         LLMQ_UNROLL
         for (int t = 0; t < kTokens; ++t) {
           LLMQ_UNROLL

@@ -10,6 +10,7 @@
 //         q u8[n, k], scale f16[n, G], zero u8[n, G] if zeros, x f32[m, k], bias f32[n] if bias, expected f32[m, n]
 //   take_rows n= k= group= bits= zeros= mid= count=
 //         q, scale, zero as above, ids i64[count], expected f32[count, k]
+//   model ...: see replay_model.cpp; the logits may differ by the tolerance that the case states
 // with G = ceil(k / group). A new kind is a function and a row of kKinds.
 #include <cstdint>
 #include <cstdlib>
@@ -27,56 +28,12 @@
 #include "engine/linear.h"
 #include "engine/thread_pool.h"
 #include "layout.h"
+#include "tests/replay.h"
 
 namespace {
 
 using namespace llmq;
-using Values = std::map<std::string, std::int64_t>;
-
-struct Case {
-  std::string line;
-  Values values;
-  std::istream& file;
-
-  std::int64_t operator[](const std::string& name) const {
-    const auto found = values.find(name);
-    if (found == values.end()) throw std::runtime_error("'" + line + "' does not say " + name);
-    return found->second;
-  }
-
-  template <class T>
-  std::vector<T> read(std::int64_t count) const {
-    std::vector<T> array(static_cast<std::size_t>(count));
-    const auto bytes = static_cast<std::streamsize>(array.size() * sizeof(T));
-    file.read(reinterpret_cast<char*>(array.data()), bytes);
-    if (file.gcount() != bytes) throw std::runtime_error("the file ends within '" + line + "'");
-    return array;
-  }
-};
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-
-struct Weights {
-  Layout layout;
-  std::unique_ptr<void, Free> data;
-  PackedMatrix view;
-};
-
-Weights read_weights(const Case& c) {
-  const Layout layout(c["n"], c["k"], c["group"], static_cast<int>(c["bits"]), c["zeros"] != 0,
-                      static_cast<int>(c["mid"]));
-  const std::int64_t scales = layout.n * layout.source_groups();
-  const auto q = c.read<std::uint8_t>(layout.n * layout.k);
-  const auto scale = c.read<std::uint16_t>(scales);
-  const auto zero = c.read<std::uint8_t>(layout.has_zero ? scales : 0);
-  const auto bytes = static_cast<std::size_t>(layout.bytes());
-  std::unique_ptr<void, Free> data(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
-  layout.pack(q.data(), scale.data(), zero.data(), static_cast<std::uint8_t*>(data.get()));
-  const PackedMatrix view = layout.view(data.get(), bytes);
-  return {layout, std::move(data), view};
-}
+using namespace llmq::replay;
 
 // Equal bits; any NaN is as good as another.
 void compare(const Case& c, const std::string& what, const std::vector<float>& actual,
@@ -120,7 +77,7 @@ struct Kind {
   void (*replay)(const Case&);
 };
 
-constexpr Kind kKinds[] = {{"qgemm", replay_qgemm}, {"take_rows", replay_take_rows}};
+constexpr Kind kKinds[] = {{"qgemm", replay_qgemm}, {"take_rows", replay_take_rows}, {"model", replay_model}};
 
 void replay_case(const std::string& line, std::istream& file) {
   std::istringstream words(line);
