@@ -317,6 +317,9 @@ def test_the_command_measures_a_quantized_model_beside_its_source(
         assert all(math.isfinite(s) for column in r["speeds"].values() for s in column)
         assert r["peak_bytes"] >= r["start_bytes"] > 1 << 20
     assert record["engines"]["torch-fp32"]["footprint"]["head_bits"] == 32
+    assert record["engines"]["llmq-w4-h4"]["version"].startswith("native decoder")
+    assert record["engines"]["llmq-w4-h4"]["notes"] == []  # nothing fell back to another loop
+    assert record["engines"]["torch-fp32"]["version"].startswith("Hugging Face graph")
     assert "times llmq-w4-h4" in capsys.readouterr().out
 
 
