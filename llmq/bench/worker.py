@@ -40,7 +40,7 @@ class Transformers:
 
         import llmq
         from llmq import kernels
-        from llmq.runtime.causal_lm import NativeCausalLM, native_decoder
+        from llmq.runtime.causal_lm import NativeCausalLM
         from llmq.runtime.native import Unsupported
 
         self.notes: list[str] = []
@@ -54,7 +54,7 @@ class Transformers:
         self.version = f"Hugging Face graph, torch {torch.__version__}"
         if isinstance(self.model, NativeCausalLM):
             try:
-                native_decoder(self.model)
+                self.model._decoder()
                 self.version = f"native decoder, kernels {kernels.current_isa()}"
             except Unsupported as reason:
                 self.version += f", kernels {kernels.current_isa()}: the native decoder cannot run this ({reason})"
