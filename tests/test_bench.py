@@ -218,6 +218,13 @@ def test_table_shows_medians_paired_ratios_and_what_is_absent() -> None:
     assert "stolen" not in text
 
 
+def test_table_of_a_run_that_was_stopped() -> None:
+    record = a_record()
+    record["runs"] = record["runs"][:1]
+    row = next(line for line in report.table(record).splitlines() if line.startswith("| b"))
+    assert row.count("–") == 2
+
+
 @pytest.mark.parametrize("sweep", [None, "threads", "context"])
 def test_record_is_read_and_drawn(tmp_path: Path, sweep: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="needs llmq[plot]")
