@@ -218,6 +218,13 @@ def test_table_shows_medians_paired_ratios_and_what_is_absent() -> None:
     assert "stolen" not in text
 
 
+def test_table_of_a_run_that_was_stopped() -> None:
+    record = a_record()
+    record["runs"] = record["runs"][:1]
+    row = next(line for line in report.table(record).splitlines() if line.startswith("| b"))
+    assert row.count("–") == 2
+
+
 @pytest.mark.parametrize("sweep", [None, "threads", "context"])
 def test_record_is_read_and_drawn(tmp_path: Path, sweep: str | None, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib", reason="needs llmq[plot]")
@@ -317,6 +324,9 @@ def test_the_command_measures_a_quantized_model_beside_its_source(
         assert all(math.isfinite(s) for column in r["speeds"].values() for s in column)
         assert r["peak_bytes"] >= r["start_bytes"] > 1 << 20
     assert record["engines"]["torch-fp32"]["footprint"]["head_bits"] == 32
+    assert record["engines"]["llmq-w4-h4"]["version"].startswith("native decoder")
+    assert record["engines"]["llmq-w4-h4"]["notes"] == []  # nothing fell back to another loop
+    assert record["engines"]["torch-fp32"]["version"].startswith("Hugging Face graph")
     assert "times llmq-w4-h4" in capsys.readouterr().out
 
 

@@ -16,9 +16,10 @@ from llmq.bench import machine, report
 from llmq.bench.drivers import EngineFailed, Plan, measure
 from llmq.bench.engines import DEFAULT, ENGINES, Engine, Program, Source, file_name, made, select
 from llmq.bench.roofline import Footprint, Work, footprint
+from llmq.config import cache_folder
 from llmq.evaluation import check_output, exit_code, to_stderr
 from llmq.models.load import open_model
-from llmq.models.resolve import cache_folder, resolve
+from llmq.models.resolve import resolve
 
 Record = report.Record
 

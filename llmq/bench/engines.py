@@ -94,9 +94,8 @@ def _llmq(scheme: str, head_bits: int) -> Engine:
     """Round-to-nearest: the solver does not matter for speed."""
 
     def make(source: Source, path: Path, log: Log) -> None:
-        quantize_model(
-            source.folder, QuantScheme.parse(scheme), method="rtn", head_bits=head_bits, output=path, log=log
-        )
+        log(f"quantizing to {scheme}, head {head_bits}")
+        quantize_model(source.folder, QuantScheme.parse(scheme), method="rtn", head_bits=head_bits, output=path)
 
     return Engine("transformers", f"llmq {scheme}, head {head_bits}", make)
 

@@ -144,6 +144,8 @@ def _cost_table(record: Record) -> str:
     rows = []
     for name, engine in record["engines"].items():
         runs = [r for r in record["runs"] if r["engine"] == name]
+        if not runs:  # the record of a benchmark that was stopped
+            continue
         foot = engine["footprint"]
         peak, start = (statistics.median(r[key] for r in runs) / 1e6 for key in ("peak_bytes", "start_bytes"))
         load = statistics.median(r["load_seconds"] for r in runs)

@@ -7,6 +7,7 @@ the second new token on, so that it holds no prefill. Greedy, end-of-text tokens
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,7 @@ class Session(Protocol):
     """A loaded model."""
 
     version: str
+    notes: list[str]  # what a reader must know, such as that something fell back to a slower way
 
     def prefill(self, tokens: int) -> float:
         """Seconds for a prompt of ``tokens``, up to the first new token."""
@@ -38,14 +40,24 @@ class Transformers:
 
         import llmq
         from llmq import kernels
+        from llmq.runtime.causal_lm import NativeCausalLM
+        from llmq.runtime.native import Unsupported
 
+        self.notes: list[str] = []
+        logging.getLogger("llmq").addHandler(_Notes(self.notes))
         torch.set_num_threads(threads)
         kernels.set_num_threads(threads)
         options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
         self.model: Any = llmq.AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **options).eval()
         self.model.generation_config.eos_token_id = None  # nothing ends before its length
         self.model.generation_config.pad_token_id = 0
-        self.version = f"torch {torch.__version__}; kernels {kernels.current_isa()}"
+        self.version = f"Hugging Face graph, torch {torch.__version__}"
+        if isinstance(self.model, NativeCausalLM):
+            try:
+                self.model._decoder()
+                self.version = f"native decoder, kernels {kernels.current_isa()}"
+            except Unsupported as reason:
+                self.version += f", kernels {kernels.current_isa()}: the native decoder cannot run this ({reason})"
 
     def _times(self, prompt: int, new_tokens: int, batch: int = 1) -> list[float]:
         """Clock at the start and at each new token of one ``generate``."""
@@ -74,6 +86,18 @@ class Transformers:
             return (times[-1] - times[0]) / (len(times) - 1)
         short, whole = (self._times(depth, n, batch) for n in (1, new_tokens + 1))
         return ((whole[1] - whole[0]) - (short[1] - short[0])) / new_tokens
+
+
+class _Notes(logging.Handler):
+    """Collects warnings."""
+
+    def __init__(self, notes: list[str]) -> None:
+        super().__init__(logging.WARNING)
+        self.notes = notes
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep its text."""
+        self.notes.append(record.getMessage())
 
 
 class _Clock:
@@ -113,6 +137,7 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp could not load {path}")
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.version = f"llama-cpp-python {llama_cpp.__version__}"
+        self.notes: list[str] = []
 
     def _context(self, positions: int, sequences: int) -> Any:
         parameters = self.c.llama_context_default_params()
@@ -190,7 +215,8 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
         speeds[f"decode {depth}"] = [1 / session.decode(depth, new, 1) for _ in range(plan["repeats"])]
     for batch in plan["batches"]:
         speeds[f"batch {batch}"] = [batch / session.decode(BATCH_PROMPT, new, batch) for _ in range(plan["repeats"])]
-    return {"speeds": speeds, "load_seconds": load_seconds, "start_bytes": start_bytes, "version": session.version}
+    said = {"version": session.version, "notes": session.notes}
+    return {"speeds": speeds, "load_seconds": load_seconds, "start_bytes": start_bytes, **said}
 
 
 def main() -> None:
