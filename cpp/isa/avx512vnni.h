@@ -28,7 +28,8 @@ struct Isa {
   static void store_bytes(std::uint8_t* p, Bytes a) { _mm512_storeu_si512(reinterpret_cast<__m512i*>(p), a); }
   // (byte >> shift) & mask; a negative shift goes left. The mask drops what 16-bit shifts bring in from neighbours.
   static LLMQ_INLINE Bytes bits_at(Bytes a, int shift, int mask) {
-    const unsigned left = shift < 0 ? static_cast<unsigned>(-shift) : 0, right = shift > 0 ? static_cast<unsigned>(shift) : 0;
+    const unsigned left = shift < 0 ? static_cast<unsigned>(-shift) : 0,
+                   right = shift > 0 ? static_cast<unsigned>(shift) : 0;
     const Bytes moved = left ? _mm512_slli_epi16(a, left) : right ? _mm512_srli_epi16(a, right) : a;
     return _mm512_and_si512(moved, _mm512_set1_epi8(static_cast<char>(mask)));
   }

@@ -88,8 +88,8 @@ struct Codes {
   Shorts8 even, odd;
 };
 
-// Narrow sums are int16, two a row. A block of 32 columns adds at most 16 * c * 127 = 2032 c to one, codes going up to c:
-// 24384 in 4 blocks of 2-bit codes, 28448 in 2 blocks of 3-bit codes, 30480 in one of 4-bit codes, all below 32767.
+// Narrow sums are int16, two a row. A block of 32 columns adds at most 16 * c * 127 = 2032 c to one, codes going up to
+// c: 24384 in 4 blocks of 2-bit codes, 28448 in 2 blocks of 3-bit codes, 30480 in one of 4-bit codes, all below 32767.
 template <int kBits>
 struct Dot {
   static constexpr int kSpanBlocks = kBits == 2 ? 4 : kBits == 3 ? 2 : 1;
