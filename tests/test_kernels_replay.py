@@ -1,4 +1,4 @@
-"""The kernels on CPUs that are not at hand: cases written here, replayed by cpp/tests/replay.cpp under qemu's user mode.
+"""The kernels on CPUs that are not at hand: cases written here, replayed by cpp/tests/replay.cpp under qemu.
 
 Needs cmake, qemu-user (Debian, Ubuntu: qemu-user) and, for ARM, the cross compiler (g++-aarch64-linux-gnu).
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_cases import BASELINE_ONLY, random_qtensor, seeded
+from kernel_cases import BEYOND_BASELINE, random_qtensor, seeded
 from torch import Tensor
 
 from llmq.config import BITS, QuantScheme
@@ -177,5 +177,5 @@ def test_no_object_but_an_isas_own_holds_instructions_beyond_the_baseline(
     assert len(own) >= 2
     for name, path in objects.items():
         code = subprocess.run([objdump, "-d", "--no-show-raw-insn", path], capture_output=True, text=True, check=True)
-        beyond = re.search(BASELINE_ONLY[machine], code.stdout)
+        beyond = re.search(BEYOND_BASELINE[machine], code.stdout)
         assert (beyond is not None) == (name in own), f"{name}: {beyond and beyond.group()}"

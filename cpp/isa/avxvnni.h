@@ -9,8 +9,8 @@ namespace {
 #if defined(LLMQ_EMULATE_VNNI)
 // Test builds only: unsigned times signed bytes, exact in 32 bits, on a CPU with AVX2.
 __m256i dot4(__m256i acc, __m256i codes, __m256i x) {
-  const __m256i even = _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(255)),
-                                         _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
+  const __m256i even =
+      _mm256_madd_epi16(_mm256_and_si256(codes, _mm256_set1_epi16(255)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
   const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(codes, 8), _mm256_srai_epi16(x, 8));
   return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
 }

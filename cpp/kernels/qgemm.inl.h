@@ -10,8 +10,8 @@ constexpr int kBlockQuads = kBlockColumns / 4;
 constexpr int kSweepTokens = 48;
 // Columns unpacked at a time; a panel's 16 rows of them fill a quarter of a level 1 cache.
 constexpr int kStripColumns = 512;
-// Columns whose integer sums are kept before any of them is scaled: the scaling of a single group would wait for its last
-// products, and the next group for it.
+// Columns whose integer sums are kept before any of them is scaled: the scaling of a single group would wait for its
+// last products, and the next group for it.
 constexpr int kBatchColumns = 512;
 // How far ahead of the codes in use one token's reading asks memory: further than DRAM's latency at its full speed.
 constexpr int kPrefetchBytes = 1024;
@@ -93,7 +93,8 @@ struct Tile {
     LLMQ_UNROLL
     for (int t = 0; t < kTokens; ++t) {
       x[t] = at.q + t * at.stride;
-      __asm__("" : "+r"(x[t]));  // a register a token: left alone, the compiler adds multiples of the stride at every load
+      __asm__(""
+              : "+r"(x[t]));  // a register a token: left alone, the compiler adds multiples of the stride at every load
     }
   }
 
@@ -123,8 +124,7 @@ struct Tile {
         for (int t = 0; t < kTokens; ++t) {
           const auto four = Isa::broadcast4(x[t] + b * kBlockColumns + 4 * i);
           LLMQ_UNROLL
-          for (int v = 0; v < kVectors; ++v)
-            part[t][v][i % kChains] = D::add(part[t][v][i % kChains], weight[v], four);
+          for (int v = 0; v < kVectors; ++v) part[t][v][i % kChains] = D::add(part[t][v][i % kChains], weight[v], four);
         }
       }
     }
@@ -231,8 +231,8 @@ void run_tile(int tokens, const Cursor<kPanels>& at, float* sums) {
   }
 }
 
-// `tokens` tokens from the cursor's on, in tiles of nearly equal size: a remainder of one token would read the codes for
-// little work.
+// `tokens` tokens from the cursor's on, in tiles of nearly equal size: a remainder of one token would read the codes
+// for little work.
 template <class Isa, int kBits, class Source, int kPanels, int kTokens>
 void run_tiles(int tokens, Cursor<kPanels> at, float* sums) {
   for (int tiles = (tokens + kTokens - 1) / kTokens; tiles > 0; --tiles) {
