@@ -124,7 +124,7 @@ class NativeCausalLM:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the Hugging Face class; the compiled decoder is made anew."""
-        return _empty, (type(self).__mro__[2],), dict(self.__dict__)
+        return _empty, (graph_class(self),), dict(self.__dict__)
 
 
 def forward(model: Any, given: dict[str, Any]) -> CausalLMOutputWithPast:
@@ -213,6 +213,11 @@ def _without_native_cache(model: Any, given: dict[str, Any]) -> dict[str, Any]:
             "for the same outputs from the first call on, or start with past_key_values=None"
         )
     return {**given, "past_key_values": DynamicCache(config=model.config.get_text_config(decoder=True))}
+
+
+def graph_class(model: object) -> type[Any]:
+    """The Hugging Face class of ``model``, whose forward and generate are transformers' own."""
+    return next(c for c in type(model).__mro__ if not issubclass(c, NativeCausalLM))
 
 
 def _empty(base: type[PreTrainedModel]) -> PreTrainedModel:
