@@ -29,6 +29,9 @@ NATIVE_ARGUMENTS = frozenset(
     ["input_ids", "attention_mask", "position_ids", "past_key_values", "labels", "logits_to_keep", "num_items_in_batch"]
 )
 
+# Fields of a model's config that ask for more than logits.
+GRAPH_OPTIONS = ("output_hidden_states", "output_attentions")
+
 
 def native_decoder(model: nn.Module) -> NativeDecoder:
     """The decoder of ``model``, with as many threads as torch is told to use.
@@ -38,11 +41,21 @@ def native_decoder(model: nn.Module) -> NativeDecoder:
     kernels.follow_torch()
     decoder = NativeDecoder.of(model)
     for name, module in model.named_modules():
-        if name and (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__):
+        if name and (_listens(module._forward_hooks) or _listens(module._forward_pre_hooks)):
             raise Unsupported(f"{name} has a forward hook, which only the Hugging Face graph calls")
+        if name and "forward" in module.__dict__:
+            raise Unsupported(f"{name} has another forward than its class")
+    for option in GRAPH_OPTIONS:
+        if getattr(model.config, option, False):
+            raise Unsupported(f"config.{option}={getattr(model.config, option)!r}")
     if model.training and torch.is_grad_enabled():
         raise Unsupported("the model is in training mode and gradients are on")
     return decoder
+
+
+def _listens(hooks: dict[int, Any]) -> bool:
+    """Whether there is a hook besides those that transformers leaves behind to collect outputs when it is asked to."""
+    return any(not getattr(hook, "__module__", "").startswith("transformers.utils.") for hook in hooks.values())
 
 
 class NativeCausalLM:
