@@ -235,7 +235,7 @@ def test_stop_strings(gemma, tokenizer, said):
     assert stop in tokenizer.decode(found[6:])
     assert stop not in tokenizer.decode(found[6:-1])
     with pytest.raises(ValueError, match="tokenizer"):
-        gemma.generate(**inputs, max_new_tokens=3, stop_strings=["x"])
+        gemma.generate(**prompt(6), max_new_tokens=3, stop_strings=["x"])
     assert said() == []
 
 
