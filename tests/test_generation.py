@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig, StoppingCriteria, TextIteratorStreamer, pipeline
 from transformers.generation import LogitsProcessor
+from transformers.generation.stopping_criteria import StopStringCriteria
 
 from llmq import AutoModelForCausalLM, CalibConfig, QuantScheme, kernels, quantize_model, set_activation_bits
 from llmq.runtime import options
@@ -26,6 +27,7 @@ from llmq.runtime.cache import NativeCache
 from llmq.runtime.causal_lm import NativeCausalLM, graph_class
 from llmq.runtime.generation import NgramIndex
 from llmq.runtime.native import NativeDecoder
+from llmq.runtime.stopping import StopStrings
 
 pytest.importorskip("llmq._core", reason="llmq was installed without its compiled module")
 
@@ -237,6 +239,16 @@ def test_stop_strings(gemma, tokenizer, said):
     with pytest.raises(ValueError, match="tokenizer"):
         gemma.generate(**prompt(6), max_new_tokens=3, stop_strings=["x"])
     assert said() == []
+
+
+def test_stop_strings_end_where_transformers_criterion_ends(tokenizer):
+    ids = tokenizer("def parse(args, name):\n    return json.loads(args[name])  # parse(args)", return_tensors="pt").input_ids
+    strings = ["args", "ame):", "ON", "  return", "s[", "parse(args)"]
+    for chosen in (strings, *([s] for s in strings)):
+        ours, theirs = StopStrings(chosen, tokenizer), StopStringCriteria(tokenizer, chosen)
+        found = [bool(ours(ids[:, :n])) for n in range(1, ids.shape[1] + 1)]
+        assert found == [bool(theirs(ids[:, :n], None)) for n in range(1, ids.shape[1] + 1)]
+        assert any(found) == (chosen != ["ON"])
 
 
 def test_max_time_ends_the_loop(gemma):
