@@ -25,11 +25,12 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llmq.calibration import text_of
 from llmq.config import one_of, option
+from llmq.logits import WindowLogits, engine_of
 from llmq.models.resolve import resolve
 from llmq.runtime.qlinear import set_activation_bits
 from llmq.score import Score
@@ -109,54 +110,7 @@ def scored_bytes(tokens: Tensor, tokenizer: Any) -> int:
     return sum(len(t.encode()) for t in texts)
 
 
-class _Logits:
-    """The logits of one window in chunks of tokens, so that [seqlen, vocabulary] is never held.
-
-    ``states(ids)`` runs the decoder once; ``logits(states[a:b])`` applies head and soft cap. If that does not reproduce
-    the model's own logits on the first tokens (some models scale theirs further), the full forward is used instead.
-    """
-
-    def __init__(self, model: Any, probe: Tensor) -> None:
-        self.model = model
-        self.head: nn.Module | None = model.get_output_embeddings()
-        self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        self.decoder: Any = model.get_decoder()
-        self.note = self._verify(probe)
-
-    def _verify(self, probe: Tensor) -> str:
-        """Compare both ways on ``probe`` i64[t]; switch to the full forward where they differ. Returns a note or ''."""
-        own = self.model(input_ids=probe[None], use_cache=False).logits[0]
-        self.vocab = own.shape[-1]
-        why = "it has no output head of its own"
-        if self.head is not None and self.decoder is not self.model:
-            difference = float((self.logits(self.states(probe)) - own.float()).abs().max())
-            # Same operations on the same shapes: only the rounding of the model's own type may differ.
-            limit = max(1e-5, 4 * torch.finfo(own.dtype).eps) * float(own.abs().max())
-            if difference <= limit:
-                return ""
-            why = f"decoder and head give logits that differ by {difference:.2g} (limit {limit:.2g})"
-        self.head = None
-        return f"{type(self.model).__name__}: full logits of a window are held, because {why}"
-
-    def states(self, ids: Tensor) -> Tensor:
-        """f[T, D] for ids i64[T]: the head's inputs (or the logits themselves where the full forward is used)."""
-        if self.head is None:
-            logits: Tensor = self.model(input_ids=ids[None], use_cache=False).logits[0]
-            return logits
-        hidden: Tensor = self.decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
-        return hidden
-
-    def logits(self, states: Tensor) -> Tensor:
-        """f32[t, V] logits of ``states`` [t, D]."""
-        if self.head is None:
-            return states.float()
-        out: Tensor = self.head(states)
-        if self.softcap is not None:
-            out = torch.tanh(out / self.softcap) * self.softcap
-        return out.float()
-
-
-def _token_costs(sides: list[_Logits], ids: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _token_costs(sides: list[WindowLogits], ids: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Chunks of (nll,) or, with a reference as second side, (nll, reference nll, kl, agree): f64[t] each.
 
     Log-softmax is taken in fp32 (its error, about 1e-6 nats, is far below any figure shown), sums in fp64.
@@ -183,7 +137,7 @@ def score(model: Any, windows: Tensor, *, reference: Any = None, progress: Progr
     Raises ValueError if the vocabularies differ or a model's likelihoods are not finite.
     """
     models = [model] if reference is None else [model, reference]
-    sides = [_Logits(m.eval(), windows[0, :_PROBE_TOKENS]) for m in models]
+    sides = [WindowLogits(m.eval(), windows[0, :_PROBE_TOKENS]) for m in models]
     if sides[0].vocab != sides[-1].vocab:
         raise ValueError(
             f"the model has {sides[0].vocab} logits and the reference {sides[1].vocab}; "
@@ -228,7 +182,10 @@ def evaluate(
     tokens = windows(text, tokenizer, protocol)
     check_fits(model.config, tokens)
     result = score(model, tokens, reference=reference, progress=progress)
-    return replace(result, nbytes=scored_bytes(tokens, tokenizer), protocol=protocol.describe(len(tokens)))
+    words = [protocol.describe(len(tokens)), engine_of(model)]
+    if reference is not None:
+        words.append(f"reference: {engine_of(reference)}")
+    return replace(result, nbytes=scored_bytes(tokens, tokenizer), protocol="; ".join(words))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.verify",
         "llmq.runtime",
         "llmq.score",
+        "llmq.logits",
         "llmq.evaluation",
     ),
     ("llmq",),

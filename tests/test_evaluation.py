@@ -343,6 +343,24 @@ def test_a_quantized_folder_is_scored_like_any_model(tiny_model: Tiny, tmp_path:
     assert result.kl is not None
     # 8 bits in weights and activations: logits of standard deviation 2.5 move by about 1 %, KL by half its square.
     assert 0 < result.kl.mean < 0.01
+    assert result.protocol.endswith("; native decoder, int8 activations; reference: Hugging Face graph")
+    assert result.notes == ()
+
+
+def test_native_decoder_and_graph_give_one_perplexity(tiny_model: Tiny, tmp_path: Path) -> None:
+    source = tiny_model("gemma2")
+    llmq.quantize_model(source, llmq.QuantScheme(4, 32), output=tmp_path / "w4", method="rtn")
+    model, tokenizer = load_for_eval(str(tmp_path / "w4"), log=quiet)
+    llmq.set_activation_bits(model, 16)
+    protocol = EvalProtocol(seqlen=SEQLEN)
+    native = evaluate(model, tokenizer, TEXT, protocol)
+    assert native.protocol.endswith("; native decoder, float activations")
+    handle = model.model.layers[0].register_forward_hook(lambda *_: None)  # only the graph calls hooks
+    graph = evaluate(model, tokenizer, TEXT, protocol)
+    handle.remove()
+    assert graph.protocol.endswith("; Hugging Face graph, float activations")
+    assert not torch.equal(native.nll, graph.nll), "two programs, two orders of summation"
+    assert torch.allclose(native.nll, graph.nll, rtol=0, atol=10 * TOLERANCE)
 
 
 def test_random_weights_are_never_scored(tiny_model: Tiny, tmp_path: Path) -> None:

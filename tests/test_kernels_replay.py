@@ -96,16 +96,19 @@ def replay(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return get
 
 
-def build(machine: str, folder: Path) -> Path:
+def build(machine: str, folder: Path, *more: str) -> Path:
+    """The replay program in ``folder``, with ``more`` CMake options."""
     if not shutil.which("cmake"):
         pytest.skip("the build needs cmake (extra: test)")
-    options = ["-DLLMQ_REPLAY=ON", "-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_EXE_LINKER_FLAGS=-static"]
+    options = ["-DLLMQ_REPLAY=ON", "-DCMAKE_BUILD_TYPE=Release"]
+    if not any("SANITIZE" in option for option in more):  # sanitizers need the dynamic linker
+        options.append("-DCMAKE_EXE_LINKER_FLAGS=-static")
     if machine != platform.machine():
         if not shutil.which(ARM_COMPILER):
             pytest.skip(f"needs the cross compiler {ARM_COMPILER} (g++-aarch64-linux-gnu)")
         options += [f"-DCMAKE_CXX_COMPILER={ARM_COMPILER}", "-DCMAKE_SYSTEM_NAME=Linux"]
         options += [f"-DCMAKE_SYSTEM_PROCESSOR={machine}"]
-    for command in (("-S", ROOT / "cpp", "-B", folder, *options), ("--build", folder, "--parallel", "2")):
+    for command in (("-S", ROOT / "cpp", "-B", folder, *options, *more), ("--build", folder, "--parallel", "2")):
         result = subprocess.run(
             ["cmake", *(str(part) for part in command)], capture_output=True, text=True, check=False
         )

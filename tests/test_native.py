@@ -21,7 +21,7 @@ from transformers import AutoConfig
 
 from llmq import AutoModelForCausalLM, CalibConfig, QuantScheme, kernels, quantize_model, set_activation_bits
 from llmq.models.families import FAMILIES
-from llmq.runtime.causal_lm import NativeCausalLM
+from llmq.runtime.causal_lm import graph_class
 from llmq.runtime.native import NativeDecoder, Unsupported
 from llmq.runtime.qlinear import QLinear
 
@@ -56,10 +56,8 @@ def ids_of(*lengths: int) -> list[Tensor]:
 
 @torch.no_grad()
 def graph_logits(model: Any, ids: Tensor) -> Tensor:
-    """f32[T, V] of the Hugging Face graph itself."""
-    native = issubclass(type(model), NativeCausalLM)
-    base = type(model).__mro__[2] if native else type(model)  # native, NativeCausalLM, the class itself
-    return base.forward(model, input_ids=ids[None], use_cache=False).logits[0]
+    """f32[T, V] of the Hugging Face graph itself (a subclass's forward may be native)."""
+    return graph_class(model).forward(model, input_ids=ids[None], use_cache=False).logits[0]
 
 
 def dequantized(model: Any, folder: Path) -> Any:

@@ -84,3 +84,17 @@ def take_rows(t: QTensor, ids: Tensor) -> Tensor:
     """Dequantized rows ``ids`` i64[T] of ``t`` [N, K]: f32[T, K]."""
     zero = None if t.zero is None else t.zero[ids]
     return QTensor(t.q[ids], t.scale[ids], zero, t.scheme).dequantize()
+
+
+LOGIT_BLOCK = 256  # logits that the sampler looks at together
+
+
+def block_max(x: Tensor) -> Tensor:
+    """The largest of each ``LOGIT_BLOCK`` of x f32[V], NaN where a block holds a NaN: f32[ceil(V / LOGIT_BLOCK)]."""
+    return torch.stack([block.max() for block in x.split(LOGIT_BLOCK)])
+
+
+def exp_sum(x: Tensor, shift: float, scale: float) -> tuple[Tensor, float]:
+    """exp((x - shift) * scale) of x f32[n], x <= shift, and their sum; the compiled ones are 0 below exp(-88)."""
+    e = torch.exp((x - shift) * scale)
+    return e, float(e.sum())

@@ -7,6 +7,7 @@ as before, and a warning says so once.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 from typing import Any
@@ -21,6 +22,7 @@ from llmq.runtime import generation
 from llmq.runtime.cache import NativeCache, check_positions, shown_columns
 from llmq.runtime.native import NativeDecoder, Unsupported
 from llmq.runtime.options import say_once
+from llmq.runtime.stopping import StopStrings
 
 # Arguments of forward that change nothing here, whatever their value.
 IGNORED_ARGUMENTS = frozenset(["use_cache", "return_dict", "cache_position", "tokenizer", "inputs_tensor"])
@@ -28,6 +30,9 @@ IGNORED_ARGUMENTS = frozenset(["use_cache", "return_dict", "cache_position", "to
 NATIVE_ARGUMENTS = frozenset(
     ["input_ids", "attention_mask", "position_ids", "past_key_values", "labels", "logits_to_keep", "num_items_in_batch"]
 )
+
+# Fields of a model's config that ask for more than logits.
+GRAPH_OPTIONS = ("output_hidden_states", "output_attentions")
 
 
 def native_decoder(model: nn.Module) -> NativeDecoder:
@@ -37,12 +42,33 @@ def native_decoder(model: nn.Module) -> NativeDecoder:
     """
     kernels.follow_torch()
     decoder = NativeDecoder.of(model)
-    for name, module in model.named_modules():
-        if name and (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__):
-            raise Unsupported(f"{name} has a forward hook, which only the Hugging Face graph calls")
+    _check_untouched(model)
+    for option in GRAPH_OPTIONS:
+        if getattr(model.config, option, False):
+            raise Unsupported(f"config.{option}={getattr(model.config, option)!r}")
     if model.training and torch.is_grad_enabled():
         raise Unsupported("the model is in training mode and gradients are on")
     return decoder
+
+
+def _check_untouched(model: nn.Module) -> None:
+    """Raise Unsupported naming a submodule that has a hook or another ``forward`` than its class."""
+    waiting = list(model._modules.items())  # twice as fast as named_modules, and this runs in every call
+    while waiting:
+        name, module = waiting.pop()
+        if module is None:
+            continue
+        if (module._forward_hooks or module._forward_pre_hooks) and _listens(module):
+            raise Unsupported(f"the module {name} has a forward hook, which only the Hugging Face graph calls")
+        if "forward" in module.__dict__:
+            raise Unsupported(f"the module {name} has another forward than its class")
+        waiting.extend(module._modules.items())
+
+
+def _listens(module: nn.Module) -> bool:
+    """Whether there is a hook besides those that transformers leaves behind to collect outputs when it is asked to."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(not getattr(hook, "__module__", "").startswith("transformers.utils.") for hook in hooks)
 
 
 class NativeCausalLM:
@@ -76,6 +102,16 @@ class NativeCausalLM:
                 model_kwargs["past_key_values"] = NativeCache()
                 return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
+
+    def _get_stopping_criteria(self, generation_config: Any, *args: Any, tokenizer: Any = None, **kwargs: Any) -> Any:
+        strings = generation_config.stop_strings
+        if not strings or tokenizer is None:
+            return super()._get_stopping_criteria(generation_config, *args, tokenizer=tokenizer, **kwargs)  # type: ignore[misc]
+        others = copy.copy(generation_config)
+        others.stop_strings = None
+        criteria = super()._get_stopping_criteria(others, *args, tokenizer=tokenizer, **kwargs)  # type: ignore[misc]
+        criteria.append(StopStrings(strings, tokenizer))
+        return criteria
 
     def _sample(
         self,
@@ -124,7 +160,7 @@ class NativeCausalLM:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the Hugging Face class; the compiled decoder is made anew."""
-        return _empty, (type(self).__mro__[2],), dict(self.__dict__)
+        return _empty, (graph_class(self),), dict(self.__dict__)
 
 
 def forward(model: Any, given: dict[str, Any]) -> CausalLMOutputWithPast:
@@ -213,6 +249,11 @@ def _without_native_cache(model: Any, given: dict[str, Any]) -> dict[str, Any]:
             "for the same outputs from the first call on, or start with past_key_values=None"
         )
     return {**given, "past_key_values": DynamicCache(config=model.config.get_text_config(decoder=True))}
+
+
+def graph_class(model: object) -> type[Any]:
+    """The Hugging Face class of ``model``, whose forward and generate are transformers' own."""
+    return next(c for c in type(model).__mro__ if not issubclass(c, NativeCausalLM))
 
 
 def _empty(base: type[PreTrainedModel]) -> PreTrainedModel:

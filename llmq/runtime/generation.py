@@ -6,50 +6,17 @@ decoding loop; these are such loops. They raise Unsupported, before any work, fo
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
 from llmq.runtime.cache import NativeCache, check_positions, shown_columns
 from llmq.runtime.native import NativeDecoder, Unsupported
 from llmq.runtime.options import check_arguments, check_options, read_processors, say_once
-
-
-class Stops:
-    """When a row has ended: the usual criteria as plain comparisons, any other by calling it."""
-
-    def __init__(self, criteria: Iterable[Any]) -> None:
-        self.ends: frozenset[int] = frozenset()
-        self.columns: int | None = None
-        self.deadline: float | None = None
-        self.others: list[Callable[..., Any]] = []
-        self.pads_ended_rows = False
-        for criterion in criteria:
-            self.pads_ended_rows |= hasattr(criterion, "eos_token_id")
-            if type(criterion) is EosTokenCriteria:
-                self.ends |= frozenset(criterion.eos_token_id.reshape(-1).tolist())
-            elif type(criterion) is MaxLengthCriteria:
-                self.columns = criterion.max_length
-            elif type(criterion) is MaxTimeCriteria:
-                self.deadline = criterion.initial_timestamp + criterion.max_time
-            else:
-                self.others.append(criterion)
-
-    def everywhere(self, columns: int, limit: int) -> bool:
-        """Whether all rows end here."""
-        return columns >= limit or (self.deadline is not None and time.time() > self.deadline)
-
-    def elsewhere(self, ids: Tensor) -> list[bool]:
-        """What the other criteria say of the rows of ``ids`` i64[B, columns]."""
-        ended = torch.zeros(ids.shape[0], dtype=torch.bool)
-        for criterion in self.others:
-            ended |= torch.as_tensor(criterion(ids, None))
-        return ended.tolist()
+from llmq.runtime.stopping import Stops
 
 
 class Run:
