@@ -17,7 +17,7 @@ ACTIVATIONS = {8: "int8 activations", 16: "float activations"}
 def decoder_of(model: Any) -> NativeDecoder | None:
     """The native decoder behind ``model``'s forward, None where the Hugging Face graph runs."""
     try:
-        return native_decoder(model) if isinstance(model, NativeCausalLM) else None
+        return native_decoder(model) if issubclass(type(model), NativeCausalLM) else None
     except Unsupported:
         return None
 

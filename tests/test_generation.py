@@ -242,7 +242,9 @@ def test_stop_strings(gemma, tokenizer, said):
 
 
 def test_stop_strings_end_where_transformers_criterion_ends(tokenizer):
-    ids = tokenizer("def parse(args, name):\n    return json.loads(args[name])  # parse(args)", return_tensors="pt").input_ids
+    ids = tokenizer(
+        "def parse(args, name):\n    return json.loads(args[name])  # parse(args)", return_tensors="pt"
+    ).input_ids
     strings = ["args", "ame):", "ON", "  return", "s[", "parse(args)"]
     for chosen in (strings, *([s] for s in strings)):
         ours, theirs = StopStrings(chosen, tokenizer), StopStringCriteria(tokenizer, chosen)
@@ -313,7 +315,11 @@ def test_prompt_lookup_gives_the_plain_tokens(model, said):
     ids = prompt(10)["input_ids"].repeat(1, 4)  # a text that repeats itself
     for arguments in ({"do_sample": False}, {"do_sample": False, "repetition_penalty": 1.3}, {"do_sample": True}):
         results = []
-        for extra in ({}, {"prompt_lookup_num_tokens": 4}, {"prompt_lookup_num_tokens": 9, "max_matching_ngram_size": 3}):
+        for extra in (
+            {},
+            {"prompt_lookup_num_tokens": 4},
+            {"prompt_lookup_num_tokens": 9, "max_matching_ngram_size": 3},
+        ):
             torch.manual_seed(4)
             results.append(model.generate(ids, max_new_tokens=40, **arguments, **extra).tolist())
         assert results[0] == results[1] == results[2]

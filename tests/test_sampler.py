@@ -22,7 +22,9 @@ def logits_of(size: int, spread: float = 3.0) -> Tensor:
     return torch.randn(size, generator=seeded(size, spread)) * spread
 
 
-def sample(logits: Tensor, *, history=(), banned=(), stream=0, position=0, seed=0, **options: Any) -> tuple[int, Tensor]:
+def sample(
+    logits: Tensor, *, history=(), banned=(), stream=0, position=0, seed=0, **options: Any
+) -> tuple[int, Tensor]:
     """The token and the distribution f32[V] it was drawn from; ``logits`` are left alone."""
     sampler = core.Sampler(vocabulary=len(logits), seed=seed, **{**NEUTRAL, **options})
     x, out = logits.clone(), torch.full_like(logits, torch.nan)
@@ -34,7 +36,7 @@ def sample(logits: Tensor, *, history=(), banned=(), stream=0, position=0, seed=
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("size", (1, 31, 32, 255, 256, 257, 5000))
+@pytest.mark.parametrize("size", [1, 31, 32, 255, 256, 257, 5000])
 def test_block_max_is_the_twins(size):
     x = logits_of(size)
     x[size // 2] = -math.inf
@@ -47,7 +49,7 @@ def test_block_max_is_the_twins(size):
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("size", (1, 16, 31, 33, 256))
+@pytest.mark.parametrize("size", [1, 16, 31, 33, 256])
 def test_exp_sum_is_near_the_twin(size):
     x = logits_of(size, 20.0).clamp(-110, 80)
     out = torch.empty(size)
@@ -87,7 +89,9 @@ def test_philox_gives_its_authors_vectors(counter, key, expected):
 
 
 def test_uniform_numbers_are_uniform_and_differ_by_every_argument():
-    numbers = [core.uniform(seed, stream, position) for seed in range(20) for stream in range(20) for position in range(25)]
+    numbers = [
+        core.uniform(seed, stream, position) for seed in range(20) for stream in range(20) for position in range(25)
+    ]
     assert len(set(numbers)) == len(numbers)
     assert all(0 <= u < 1 for u in numbers)
     counts = torch.histc(torch.tensor(numbers, dtype=torch.float64), 10, 0, 1)
@@ -128,7 +132,7 @@ def kept_by_transformers(logits: Tensor, history: list[int], penalty: float, o: 
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("spread", (0.7, 4.0))
+@pytest.mark.parametrize("spread", [0.7, 4.0])
 def test_distribution_is_that_of_transformers_processors(size, spread):
     logits = logits_of(size, spread)
     history = torch.randint(0, size, (9,), generator=seeded(size)).tolist() * 2
@@ -156,7 +160,7 @@ def test_draws_follow_the_distribution():
         tokens = torch.tensor([sample(logits, position=i, seed=5, **o)[0] for i in range(draws)])
         counts = torch.bincount(tokens, minlength=300).double()
         assert (p[tokens] > 0).all()
-        # Chi-square over the tokens expected at least 5 times: mean = degrees, deviation sqrt(2 degrees), and 5 of them.
+        # Chi-square over tokens expected at least 5 times: mean = degrees, deviation sqrt(2 degrees); 5 of them.
         usual = p.double() * draws >= 5
         degrees = int(usual.sum()) - 1
         chi2 = float((((counts - p * draws) ** 2) / (p * draws))[usual].sum())
@@ -177,7 +181,7 @@ def test_banned_tokens_never_come():
     assert sample(logits, banned=[1, 2])[1].tolist() == [1.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("bad", (math.nan, -math.nan, math.inf))
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, math.inf])
 def test_logits_that_are_not_finite_are_an_error(bad):
     x = logits_of(700)
     x[650] = bad

@@ -98,10 +98,10 @@ def num_threads() -> int:
 def set_num_threads(n: int) -> None:
     """Threads that share a kernel call, the caller included. Raises ValueError when ``n`` is not 1 to 1024.
 
-    The default is ``LLMQ_NUM_THREADS``; without it, as many as torch uses (``torch.get_num_threads()``), but no more than
-    the physical cores among the CPUs this process may run on. A later ``torch.set_num_threads`` changes the kernels'
-    threads, too, unless ``LLMQ_NUM_THREADS`` is set: the last word counts. Without the compiled module this sets torch's
-    threads.
+    The default is ``LLMQ_NUM_THREADS``; without it, as many as torch uses (``torch.get_num_threads()``), but no more
+    than the physical cores among the CPUs this process may run on. A later ``torch.set_num_threads`` changes the
+    kernels' threads, too, unless ``LLMQ_NUM_THREADS`` is set: the last word counts. Without the compiled module this
+    sets torch's threads.
     """
     global _torch_threads
     (_core.set_num_threads if _core else torch.set_num_threads)(n)

@@ -48,23 +48,23 @@ class NativeCache(Cache):
         """Bytes held by all sequences."""
         return sum(sequence.nbytes for sequence in self.sequences)
 
-    # What transformers asks of a cache; its layers are none of Python's business here.
+    # What transformers asks of a cache, under its names. All layers are alike here.
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """Columns processed so far, padding included."""
         return int(self.seen.shape[1])
 
-    def get_max_length(self, layer_idx: int | None = None) -> int:
+    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
         """-1: grows as needed."""
         return -1
 
     get_max_cache_shape = get_max_length  # its name in older transformers
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002
         """(columns that a query sees, offset of the first)."""
         return self.get_seq_length() + query_length, 0
 
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """The Hugging Face graph cannot store into this cache: raises TypeError."""
         raise TypeError(
             "a NativeCache holds keys and values inside the compiled decoder; the Hugging Face graph needs a "
@@ -108,7 +108,7 @@ class NativeCache(Cache):
     def activate_past_recording(self) -> None:
         """Every past state is kept anyway."""
 
-    def is_recording_past(self, layer_idx: int) -> bool:
+    def is_recording_past(self, layer_idx: int) -> bool:  # noqa: ARG002
         """Every past state is kept."""
         return True
 

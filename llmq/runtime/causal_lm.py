@@ -53,16 +53,17 @@ def native_decoder(model: nn.Module) -> NativeDecoder:
 
 def _check_untouched(model: nn.Module) -> None:
     """Raise Unsupported naming a submodule that has a hook or another ``forward`` than its class."""
-    waiting = list(model._modules.items())  # twice as fast as named_modules, and this runs in every call
+    waiting = [*model._modules.values()]  # quicker than named_modules, and this runs in every call
     while waiting:
-        name, module = waiting.pop()
+        module = waiting.pop()
         if module is None:
             continue
-        if (module._forward_hooks or module._forward_pre_hooks) and _listens(module):
-            raise Unsupported(f"the module {name} has a forward hook, which only the Hugging Face graph calls")
-        if "forward" in module.__dict__:
-            raise Unsupported(f"the module {name} has another forward than its class")
-        waiting.extend(module._modules.items())
+        waiting.extend(module._modules.values())
+        hooked = (module._forward_hooks or module._forward_pre_hooks) and _listens(module)
+        if hooked or "forward" in module.__dict__:
+            name = next(name for name, other in model.named_modules() if other is module)
+            what = "a forward hook" if hooked else "a forward of its own"
+            raise Unsupported(f"{name} has {what}, which only the Hugging Face graph calls")
 
 
 def _listens(module: nn.Module) -> bool:
@@ -218,7 +219,7 @@ def _logits(decoder: NativeDecoder, ids: Tensor, shown: Tensor, cache: NativeCac
 
 
 @functools.cache
-def native_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+def native_class(base: Any) -> Any:
     """A subclass of ``base`` with the same name and signature whose forward and generate are native."""
     parameters = inspect.signature(base.forward).parameters
     names = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
@@ -256,7 +257,7 @@ def graph_class(model: object) -> type[Any]:
     return next(c for c in type(model).__mro__ if not issubclass(c, NativeCausalLM))
 
 
-def _empty(base: type[PreTrainedModel]) -> PreTrainedModel:
+def _empty(base: Any) -> Any:
     made = native_class(base)
     return made.__new__(made)
 
@@ -266,7 +267,7 @@ def adopt(model: nn.Module) -> nn.Module:
 
     Its class becomes a subclass of the same name. Models that do not generate are left alone.
     """
-    if isinstance(model, GenerationMixin) and isinstance(model, PreTrainedModel):
-        if not isinstance(model, NativeCausalLM):
-            model.__class__ = native_class(type(model))
+    kind: Any = type(model)
+    if issubclass(kind, PreTrainedModel) and issubclass(kind, GenerationMixin) and not issubclass(kind, NativeCausalLM):
+        model.__class__ = native_class(kind)
     return model

@@ -41,9 +41,10 @@ class Run:
         self.decoder, self.config, self.streamer = decoder, generation_config, streamer
         self.sampling = read_processors(logits_processor, greedy=not self.config.do_sample)
         self.stops = Stops(stopping_criteria)
-        self.cache = arguments.get("past_key_values")
-        if not isinstance(self.cache, NativeCache):
-            raise Unsupported(f"past_key_values of class {type(self.cache).__name__}")
+        cache = arguments.get("past_key_values")
+        if not isinstance(cache, NativeCache):
+            raise Unsupported(f"past_key_values of class {type(cache).__name__}")
+        self.cache: NativeCache = cache
         self.rows, self.columns = input_ids.shape
         self.prompt_columns = self.columns
         new = self._new_columns(input_ids, arguments)

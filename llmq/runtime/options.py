@@ -16,14 +16,38 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import logits_process as lp
 
-from llmq.kernels import _core
-from llmq.runtime.native import Unsupported
+from llmq.runtime.native import Unsupported, core
 
 logger = logging.getLogger(__name__)
 
 # Fields of GenerationConfig that the native loop honours, or that mean nothing to a loop with one beam.
 NATIVE_OPTIONS = frozenset(
-    ["max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time", "stop_strings", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "num_return_sequences", "return_dict_in_generate", "pad_token_id", "bos_token_id", "eos_token_id", "prompt_lookup_num_tokens", "max_matching_ngram_size", "early_stopping", "length_penalty", "disable_compile", "compile_config", "transformers_version"]
+    [
+        "max_length",
+        "max_new_tokens",
+        "min_length",
+        "min_new_tokens",
+        "max_time",
+        "stop_strings",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "repetition_penalty",
+        "num_return_sequences",
+        "return_dict_in_generate",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "prompt_lookup_num_tokens",
+        "max_matching_ngram_size",
+        "early_stopping",
+        "length_penalty",
+        "disable_compile",
+        "compile_config",
+        "transformers_version",
+    ]
 )
 # Values of other fields that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -52,7 +76,9 @@ def say_once(message: str) -> None:
 
 def _defaults() -> dict[str, Any]:
     config = GenerationConfig()
-    later = getattr(config, "_get_default_generation_params", dict)()  # None stands for these in newer transformers
+    later: dict[str, Any] = getattr(
+        config, "_get_default_generation_params", dict
+    )()  # None stands for these in newer transformers
     return {**vars(config), **later}
 
 
@@ -96,10 +122,10 @@ class Sampling:
     banned: tuple[int, ...] = ()
     banned_until: int = 0
 
-    def sampler(self, vocab_size: int) -> _core.Sampler:
+    def sampler(self, vocab_size: int) -> Any:
         """The compiled sampler; when it draws, its seed comes from torch's generator."""
         seed = 0 if self.greedy else int(torch.randint(2**63 - 1, ()).item())
-        return _core.Sampler(
+        return core().Sampler(
             vocabulary=vocab_size,
             greedy=self.greedy,
             repetition_penalty=self.repetition_penalty,
@@ -129,9 +155,7 @@ def _no_end_before(s: Sampling, columns: int, p: Any) -> Sampling:
 PROCESSORS: dict[type, Callable[[Sampling, Any], Sampling]] = {
     lp.RepetitionPenaltyLogitsProcessor: _penalty,
     lp.MinLengthLogitsProcessor: lambda s, p: _no_end_before(s, p.min_length, p),
-    lp.MinNewTokensLengthLogitsProcessor: lambda s, p: _no_end_before(
-        s, p.prompt_length_to_skip + p.min_new_tokens, p
-    ),
+    lp.MinNewTokensLengthLogitsProcessor: lambda s, p: _no_end_before(s, p.prompt_length_to_skip + p.min_new_tokens, p),
     lp.TemperatureLogitsWarper: lambda s, p: replace(s, temperature=float(p.temperature)),
     lp.TopKLogitsWarper: lambda s, p: replace(s, top_k=int(p.top_k)),
     lp.TopPLogitsWarper: lambda s, p: replace(s, top_p=float(p.top_p)),
