@@ -1,4 +1,4 @@
-"""The native decoder on CPUs that are not at hand, and under the thread sanitizer: one tiny model, replayed without Python."""
+"""The native decoder on CPUs that are not at hand, and under sanitizers: one tiny model, replayed without Python."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(platform.system() != "Linux",
 
 @pytest.fixture(scope="module")
 def case(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """gemma3: windows, two ropes, norms of q and k, a tied head; expected: the Hugging Face graph, float activations."""
+    """gemma3: windows, two ropes, norms of q and k, a tied head. Expected: the graph's logits, float activations."""
     out = tmp_path_factory.mktemp("replay") / "gemma3"
     calib = CalibConfig(calib="stdlib", nsamples=2, seqlen=32)
     quantize_model(tiny_model("gemma3"), QuantScheme(4, 32), method="rtn", output=out, calib=calib)
@@ -41,9 +41,10 @@ def replay(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     built: dict[tuple[str, ...], Path] = {}
 
     def get(machine: str, *options: str) -> Path:
-        if (machine, *options) not in built:
-            built[machine, *options] = build(machine, tmp_path_factory.mktemp(machine), *options)
-        return built[machine, *options]
+        key = (machine, *options)
+        if key not in built:
+            built[key] = build(machine, tmp_path_factory.mktemp(machine), *options)
+        return built[key]
 
     return get
 
