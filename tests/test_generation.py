@@ -206,7 +206,7 @@ class EndsAfter(StoppingCriteria):
     def __init__(self, token: int) -> None:
         self.token, self.shapes = token, []
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
         self.shapes.append(tuple(input_ids.shape))
         return input_ids[:, -1] == self.token
 

@@ -72,7 +72,7 @@ class NativeCache(Cache):
         )
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` columns; a positive number is the columns to keep (transformers 5.0)."""
+        """Drop the last ``-tokens_to_remove`` columns; a positive number is how many to keep (transformers 5.0)."""
         columns = self.get_seq_length()
         keep = columns + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, columns)
         if keep < 0:
@@ -171,8 +171,8 @@ def shown_columns(attention_mask: Any, past: Tensor, rows: int, columns: int) ->
     before = past.shape[1]
     if tuple(attention_mask.shape) != (rows, before + columns):
         raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; {rows} rows of {columns} tokens after {before} in "
-            f"the cache need ({rows}, {before + columns})"
+            f"attention_mask has shape {tuple(attention_mask.shape)}; {rows} rows of {columns} tokens after {before} "
+            f"in the cache need ({rows}, {before + columns})"
         )
     mask = attention_mask != 0
     if not torch.equal(mask[:, :before], past):

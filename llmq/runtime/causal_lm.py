@@ -1,7 +1,7 @@
 """A Hugging Face causal language model whose ``forward`` and ``generate`` run on the native decoder.
 
-``adopt`` gives a loaded model a subclass of its own class. Whatever the decoder cannot do runs in the Hugging Face graph
-as before, and a warning says so once.
+``adopt`` gives a loaded model a subclass of its own class. Whatever the decoder cannot do runs in the Hugging Face
+graph as before, and a warning says so once.
 """
 
 from __future__ import annotations
@@ -246,8 +246,8 @@ def _without_native_cache(model: Any, given: dict[str, Any]) -> dict[str, Any]:
         return given
     if cache.get_seq_length():
         raise ValueError(
-            "this call needs the Hugging Face graph, which cannot continue from what the native decoder has cached; ask "
-            "for the same outputs from the first call on, or start with past_key_values=None"
+            "this call needs the Hugging Face graph, which cannot continue from what the native decoder has cached; "
+            "ask for the same outputs from the first call on, or start with past_key_values=None"
         )
     return {**given, "past_key_values": DynamicCache(config=model.config.get_text_config(decoder=True))}
 

@@ -54,7 +54,7 @@ class Run:
         self.ids[:, : self.columns] = input_ids
         self._numbers = self.ids.numpy()
         self.starts = [0] * self.rows if self.sampling.ignored is None else self.sampling.ignored.tolist()
-        self.sampler = self.sampling.sampler(decoder.vocab_size)
+        self.sampler: Any = self.sampling.sampler(decoder.vocab_size)
         self.banned = torch.tensor(self.sampling.banned, dtype=torch.int64)
         self.limit = limit
 
@@ -107,7 +107,7 @@ class Run:
     def choose(self, row: int, columns: int, logits: int) -> int:
         """The token for ``columns`` of ``row`` from the logits at the address ``logits``; it is noted in ``ids``."""
         start = self.starts[row]
-        token = self.sampler.sample(
+        token: int = self.sampler.sample(
             logits,
             self.ids.data_ptr() + 8 * (row * self.limit + start),
             columns - start,

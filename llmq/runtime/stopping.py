@@ -29,7 +29,7 @@ class StopStrings(StoppingCriteria):
         # A token is a byte at least; four more, because a decoder may treat the first token of a text differently.
         self.window = max(len(s.encode()) for s in self.strings) + 4
 
-    def __call__(self, input_ids: Tensor, scores: Any = None, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, *_: Any, **__: Any) -> Tensor:  # type: ignore[override]
         """bool[B] for ids i64[B, columns]."""
         return torch.tensor([self._completes(row) for row in input_ids[:, -self.window :].tolist()])
 
