@@ -62,7 +62,7 @@ def test_exp_sum_is_near_the_twin(size):
     assert total == pytest.approx(float(out.double().sum()), rel=size * 2**-24)
 
 
-def test_exp_sum_is_the_same_bits_everywhere(isa):
+def test_exp_sum_is_the_same_bits_everywhere(isa):  # noqa: F811
     x, out, first = logits_of(5000, 20.0), torch.empty(5000), torch.empty(5000)
     shift = float(x.max())
     total = core.exp_sum(x=x.data_ptr(), n=5000, shift=shift, scale=1.0, out=out.data_ptr())
@@ -141,7 +141,7 @@ def test_distribution_is_that_of_transformers_processors(size, spread):
         _, found = sample(logits, history=history, repetition_penalty=penalty, **o)
         agree = (found > 0) == scores.isfinite()
         if not agree.all():
-            # Cumulative sums of up to `size` fp32 terms decide about the token on the edge, and nothing else may differ.
+            # Cumulative sums of up to `size` fp32 terms decide about the token on the edge; nothing else may differ.
             plain = kept_by_transformers(logits, history, penalty, {**o, "top_p": 1.0, "min_p": 0.0})
             order = plain.argsort()
             below = plain.double().softmax(-1)[order].cumsum(-1)[order.argsort()]
