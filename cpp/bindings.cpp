@@ -120,11 +120,12 @@ PYBIND11_MODULE(_core, m) {
   m.def("use_isa", use_table, "isa"_a, "Use another kernel set; ValueError lists the available ones.");
   m.def(
       "features",
-      [](std::uint32_t leaf1_ecx, std::uint32_t leaf7_ebx, std::uint32_t leaf7_ecx, std::uint64_t xcr0) {
-        return features_of({leaf1_ecx, leaf7_ebx, leaf7_ecx, xcr0});
+      [](std::uint64_t leaf1_ecx, std::uint64_t leaf7_ebx, std::uint64_t leaf7_ecx, std::uint64_t leaf7_1_eax,
+         std::uint64_t xcr0, std::uint64_t hwcap, std::uint64_t hwcap2) {
+        return features_of({leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_1_eax, xcr0, hwcap, hwcap2});
       },
-      py::kw_only(), "leaf1_ecx"_a, "leaf7_ebx"_a, "leaf7_ecx"_a, "xcr0"_a,
-      "CPU features that these CPUID words grant.");
+      py::kw_only(), "leaf1_ecx"_a = 0, "leaf7_ebx"_a = 0, "leaf7_ecx"_a = 0, "leaf7_1_eax"_a = 0, "xcr0"_a = 0,
+      "hwcap"_a = 0, "hwcap2"_a = 0, "CPU features that these words of CPUID, XGETBV or the auxiliary vector grant.");
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", &set_num_threads, "n"_a, py::call_guard<py::gil_scoped_release>());
   m.def(

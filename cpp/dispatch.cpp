@@ -9,15 +9,17 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
 #endif
 
 namespace llmq {
 namespace {
 
-// A feature needs its CPUID bit and the register state that the operating system must save for it.
+// A feature needs its bit and the register state that the operating system must save for it.
 struct Feature {
   const char* name;
-  std::uint32_t CpuWords::* word;
+  std::uint64_t CpuWords::* word;
   int bit;
   std::uint64_t state;
 };
@@ -31,6 +33,8 @@ constexpr Feature kFeatures[] = {
     {"avx2", &CpuWords::leaf7_ebx, 5, kYmm},      {"avx512f", &CpuWords::leaf7_ebx, 16, kZmm},
     {"avx512dq", &CpuWords::leaf7_ebx, 17, kZmm}, {"avx512bw", &CpuWords::leaf7_ebx, 30, kZmm},
     {"avx512vl", &CpuWords::leaf7_ebx, 31, kZmm}, {"avx512vnni", &CpuWords::leaf7_ecx, 11, kZmm},
+    {"avxvnni", &CpuWords::leaf7_1_eax, 4, kYmm}, {"asimddp", &CpuWords::hwcap, 20, 0},
+    {"i8mm", &CpuWords::hwcap2, 13, 0},
 };
 
 bool known(const std::string& name) {
@@ -62,12 +66,16 @@ CpuWords read_cpu_words() {
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) {
     words.leaf7_ebx = b;
     words.leaf7_ecx = c;
+    if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) words.leaf7_1_eax = a;
   }
   if (words.leaf1_ecx >> kOsxsave & 1) {
     std::uint32_t low = 0, high = 0;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     words.xcr0 = static_cast<std::uint64_t>(high) << 32 | low;
   }
+#elif defined(__aarch64__) && defined(__linux__)
+  words.hwcap = getauxval(AT_HWCAP);
+  words.hwcap2 = getauxval(AT_HWCAP2);
 #endif
   return words;
 }

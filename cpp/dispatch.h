@@ -9,10 +9,11 @@
 
 namespace llmq {
 
-// The words of CPUID and XGETBV that decide about vector instructions.
+// The words that decide about vector instructions: of CPUID and XGETBV on x86, of the auxiliary vector on ARM.
 struct CpuWords {
-  std::uint32_t leaf1_ecx, leaf7_ebx, leaf7_ecx;
+  std::uint64_t leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_1_eax;
   std::uint64_t xcr0;  // register state that the operating system saves; 0 when it does not say
+  std::uint64_t hwcap, hwcap2;
 };
 
 CpuWords read_cpu_words();

@@ -146,9 +146,9 @@ void Layout::unpack(const PackedMatrix& w, std::uint8_t* q, std::uint16_t* scale
         if (has_zero) zero[to] = panel[w.zeros_offset + from];
       }
       for (std::int64_t column = 0; column < k; ++column) {
-        q[row * k + column] = static_cast<std::uint8_t>(
-            get(panel + w.payload_offset + column / kBlockColumns * block_bytes(),
-                places_of(bits, lane, static_cast<int>(column % kBlockColumns))));
+        q[row * k + column] =
+            static_cast<std::uint8_t>(get(panel + w.payload_offset + column / kBlockColumns * block_bytes(),
+                                          places_of(bits, lane, static_cast<int>(column % kBlockColumns))));
       }
     }
   });

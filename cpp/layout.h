@@ -6,7 +6,8 @@
 //     u8  zero[groups][16]            only if has_zero
 //     padding to a multiple of 64 bytes
 //     payload, a block for every 32 columns: as many vectors of 64 bytes as a code has bits. Columns 4i .. 4i + 3 of a
-//     block are its quad i; byte 4r + j of a vector belongs to row r of the panel and to column j of each quad it holds:
+//     block are its quad i; byte 4r + j of a vector belongs to row r of the panel and to column j of each quad it
+//     holds:
 //       bits 2: vector v holds quads 4v .. 4v + 3, quad 4v + s in bits 2s and 2s + 1
 //       bits 3: vectors 0 and 1 hold the lower two bits as above; bit i of vector 2 is the upper bit of quad i
 //       bits 4: vector v holds quads 2v (lower half of the byte) and 2v + 1 (upper half)

@@ -50,3 +50,72 @@ class Sampler:
         position: int,
         probabilities: int = 0,
     ) -> int: ...
+
+LAYOUT_VERSION: int
+
+class Matrix:
+    @staticmethod
+    def packed(*, layout: Layout, data: int, nbytes: int, bias: int) -> Matrix: ...
+    @staticmethod
+    def dense(*, data: int, n: int, k: int, type: int, bias: int) -> Matrix: ...
+
+class Rope:
+    def __init__(self, *, inverse_frequency: list[float], scaling: float) -> None: ...
+
+class DecoderLayer:
+    q: Matrix
+    k: Matrix
+    v: Matrix
+    o: Matrix
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+    attention_norm: int
+    attention_post_norm: int
+    ffn_norm: int
+    ffn_post_norm: int
+    q_norm: int
+    k_norm: int
+    window: int
+    rope: int
+
+class DecoderSpec:
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int
+    eps: float
+    attention_scale: float
+    embedding_scale: float
+    attention_softcap: float
+    final_softcap: float
+    activation: int
+    ropes: list[Rope]
+    layers: list[DecoderLayer]
+    embedding: Matrix
+    head: Matrix
+    final_norm: int
+
+class Sequence:
+    @property
+    def length(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    def crop(self, length: int) -> None: ...
+    def copy(self) -> Sequence: ...
+
+class Decoder:
+    def __init__(self, spec: DecoderSpec) -> None: ...
+    def new_sequence(self, *, full_floats: bool) -> Sequence: ...
+    def forward(
+        self,
+        *,
+        ids: int,
+        counts: list[int],
+        sequences: list[Sequence],
+        output: int,
+        float_activations: bool,
+        out: int,
+    ) -> None: ...
+    def logits(self, *, states: int, rows: int, float_activations: bool, out: int) -> None: ...

@@ -71,11 +71,18 @@ def parse_quantization_config(block: dict[str, Any], where: str) -> tuple[dict[s
     modules, tied = block.get("modules"), block.get("tied", {})
     if not isinstance(modules, dict) or not modules or not isinstance(tied, dict):
         raise ValueError(f"{where}: 'modules' must name the scheme of each quantized module; the file is damaged")
-    schemes = {name: QuantScheme.parse(str(text)) for name, text in modules.items()}
+    schemes = {name: _parse_scheme(str(text), f"{where}: module {name}") for name, text in modules.items()}
     for name, source in tied.items():
         if source not in schemes:
             raise ValueError(f"{where}: {name} is tied to {source}, which is not among the quantized modules")
     return schemes, dict(tied)
+
+
+def _parse_scheme(text: str, where: str) -> QuantScheme:
+    try:
+        return QuantScheme.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 @contextmanager
@@ -165,8 +172,13 @@ class CheckpointWriter:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def check_output(folder: Path, *, overwrite: bool, expected_bytes: int = 0) -> None:
-    """Raise before the long work if ``folder`` cannot be written: it exists, is a file, or its disk is too small."""
+def check_output(folder: Path, *, overwrite: bool, expected_bytes: int = 0, source: Path | None = None) -> None:
+    """Raise before the long work if ``folder`` cannot be written: it exists, is a file, or its disk is too small.
+
+    A folder that is or holds ``source``, the model to quantize, is never replaced.
+    """
+    if source is not None and folder.resolve() in (source.resolve(), *source.resolve().parents):
+        raise FileExistsError(f"output folder {folder} is or holds the model to quantize; choose another --output")
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"output {folder} exists and is not a folder; choose another --output")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
@@ -180,6 +192,8 @@ def check_output(folder: Path, *, overwrite: bool, expected_bytes: int = 0) -> N
     parent = folder.parent
     while not parent.exists():
         parent = parent.parent
+    if not parent.is_dir():
+        raise NotADirectoryError(f"output {folder}: {parent} is a file, not a folder; choose another --output")
     if not os.access(parent, os.W_OK):
         raise PermissionError(f"output {folder}: {parent} is not writable")
     free = shutil.disk_usage(parent).free
@@ -253,7 +267,8 @@ def check_files(
         where: how errors name the checkpoint.
 
     Raises:
-        ValueError: an unreadable file, a missing tensor, or one of another shape or dtype; names file and both values.
+        ValueError: an unreadable file, a missing tensor, one of another shape or dtype (names file and both values), or
+            integers that no module expects: its weights would be random.
     """
     found: set[str] = set()
     for file in files:
@@ -270,6 +285,12 @@ def check_files(
     missing = sorted(set(expected) - found)
     if missing:
         raise ValueError(f"{where}: {len(missing)} tensors are missing, among them {', '.join(missing[:3])}")
+    stray = sorted(name for name in found - set(expected) if name.endswith(f".{native.CODES}"))
+    if stray:
+        raise ValueError(
+            f"{where}: the files hold integers of {len(stray)} modules that quantization_config does not name, among "
+            f"them {', '.join(stray[:3])}: config.json is not that of these files, or damaged"
+        )
 
 
 def _check_tensor(what: str, part: Any, want: tuple[tuple[int, ...], torch.dtype | None] | None) -> None:

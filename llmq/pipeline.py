@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq import calibration
+from llmq import calibration, kernels
 from llmq.blockwise import BlockCall, BlockRunner, Tail, block_inputs, verified_tails
 from llmq.checkpoint import CheckpointWriter, check_output, matrix_tensors, quantization_config
 from llmq.config import HEAD_BITS, AWQConfig, CalibConfig, GPTQConfig, QuantScheme, one_of
 from llmq.models.load import SourceModel, materialize, open_model
 from llmq.models.resolve import resolve
-from llmq.plan import Matrix, Plan, kept_dtype, make_plan
+from llmq.plan import Matrix, Plan, check_memory, kept_dtype, make_plan
 from llmq.qtensor import QTensor
 from llmq.report import Log, block_line, build_report, duration, model_card, plan_table, silent, summary, versions
 from llmq.solvers import METHODS, SOLVERS, Method, Problem, SolverOptions, rtn
@@ -93,6 +93,7 @@ def quantize_model(
     one_of("method", method, METHODS)
     one_of("head_bits", head_bits, HEAD_BITS)
     one_of("device", device, DEVICES)
+    kernels.current_isa()  # the check at the end runs on the kernels: a wrong LLMQ_ISA must not wait for it
     row = METHODS[method]
     start = time.perf_counter()
     if row.needs_text:
@@ -102,8 +103,11 @@ def quantize_model(
     if row.needs_text:
         calibration.check(calib, max_positions=source.max_positions)
     folder = Path(output) if output is not None else Path(default_output(str(model), scheme))
-    plan = make_plan(source, scheme, head_bits, row, calib.nsamples * calib.seqlen, calib.seqlen)
-    check_output(folder.absolute(), overwrite=overwrite, expected_bytes=plan.bytes_after)
+    sampled = row.needs_text and calibration.is_sampled(calib)
+    plan = make_plan(source, scheme, head_bits, row, calib.nsamples * calib.seqlen, calib.seqlen, sampled=sampled)
+    if sampled:
+        check_memory(plan)
+    check_output(folder.absolute(), overwrite=overwrite, expected_bytes=plan.bytes_after, source=source.folder)
     job = _Job(source, plan, scheme, row, options, log)
     text = f"{calib.calib}: {calib.nsamples} windows of {calib.seqlen} tokens" if row.needs_text else "none needed"
     log(plan_table(plan, model=str(model), family=source.family.name, method=method, calibration=text, output=folder))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
+from llmq.calibration.self_generated import BATCH
 from llmq.checkpoint import matrix_layout
 from llmq.config import QuantScheme
 from llmq.models.load import SourceModel
@@ -16,6 +19,8 @@ from llmq.solvers import Method
 
 # Bytes of Python, torch and transformers before a model is touched; measured on Linux.
 BASE_BYTES = 600 << 20
+# Seconds of a sampling step over those of its products at gemm_rate(): they are narrow, and the draw itself is costly.
+SAMPLING_COST = 2.5
 
 
 @dataclass(frozen=True)
@@ -110,9 +115,19 @@ def kept_dtype(stored: torch.dtype, dims: int) -> torch.dtype:
 
 
 def make_plan(
-    source: SourceModel, scheme: QuantScheme, head_bits: int, method: Method, n_tokens: int, seqlen: int
+    source: SourceModel,
+    scheme: QuantScheme,
+    head_bits: int,
+    method: Method,
+    n_tokens: int,
+    seqlen: int,
+    *,
+    sampled: bool = False,
 ) -> Plan:
-    """Decide for every tensor of the model; predict time and memory for ``n_tokens`` of calibration."""
+    """Decide for every tensor of the model; predict time and memory for ``n_tokens`` of calibration.
+
+    ``sampled``: the model itself writes them first, with all its weights in memory.
+    """
     linears = [
         Matrix(f"{block}.{name}", n, k, scheme)
         for i, block in enumerate(source.block_names)
@@ -128,6 +143,9 @@ def make_plan(
             kept.append(Kept(name, parameter.numel(), kept_dtype(source.reader.dtype(name), parameter.dim()), why))
     plan = Plan(linears, tables, kept, tied)
     _predict(plan, source, method, n_tokens, seqlen)
+    if sampled:
+        plan.seconds += SAMPLING_COST * 2 * n_tokens * plan.weights / gemm_rate()
+        plan.peak_bytes = max(plan.peak_bytes, BASE_BYTES + 4 * plan.weights + _cache_bytes(source.config, seqlen))
     return plan
 
 
@@ -190,6 +208,31 @@ def _predict(plan: Plan, source: SourceModel, method: Method, n_tokens: int, seq
             f"{n_tokens} calibration tokens are few for layers of {max(wide)} inputs; "
             f"use {2 * max(wide)} or more (--nsamples {-(-2 * max(wide) // seqlen)} --seqlen {seqlen})"
         )
+
+
+def check_memory(plan: Plan) -> None:
+    """Raise ValueError if the model, which is to write its own text, does not fit into this machine's memory."""
+    have = memory_bytes()
+    if plan.peak_bytes > have:
+        raise ValueError(
+            f"to write its own calibration text the model must be in memory whole: {plan.peak_bytes / 2**30:.1f} GiB,"
+            f" and this machine has {have / 2**30:.1f}; give a text file, or --calib stdlib"
+        )
+
+
+def memory_bytes() -> int:
+    """Physical memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cache_bytes(config: Any, seqlen: int) -> int:
+    """Keys and values, fp32, of the windows that are sampled at once, as if every layer attended to all tokens."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    width = (getattr(text, "num_key_value_heads", None) or heads) * (
+        getattr(text, "head_dim", None) or text.hidden_size // heads
+    )
+    return int(BATCH * seqlen * text.num_hidden_layers * 2 * width * 4)
 
 
 def gemm_rate(seconds: float = 0.15) -> float:

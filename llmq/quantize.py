@@ -84,14 +84,21 @@ def _options(args: argparse.Namespace, options: type) -> Any:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Quantize as ``args`` says, then evaluate if asked; the exit code. Raises what ``llmq.quantize_model`` raises."""
+    """Quantize as ``args`` says, then evaluate if asked; the exit code.
+
+    Raises what ``llmq.quantize_model`` raises, and ValueError for an evaluation that could not be made afterwards.
+    """
     scheme, calib = _options(args, QuantScheme), _options(args, CalibConfig)
     gptq, awq = _options(args, GPTQConfig), _options(args, AWQConfig)
     if args.eval is not None and not Path(args.eval).is_file():
         raise FileNotFoundError(f"--eval {args.eval}: there is no such file")
     # Only now: the imports take seconds, a typing error should not.
+    from llmq import evaluation
     from llmq.pipeline import quantize_model
 
+    if args.eval is not None:
+        parser = evaluation.build_parser(None, require_reference=False)
+        evaluation.prepare(parser.parse_args(["--model", args.model, *_eval_flags(args)]))
     result = quantize_model(
         args.model,
         scheme,
@@ -105,15 +112,16 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         log=lambda line: print(line, flush=True),  # noqa: T201
     )
-    return _evaluate(args, result.folder) if args.eval is not None else 0
+    if args.eval is None:
+        return 0
+    flags = ["--model", str(result.folder), "--reference", args.model, *_eval_flags(args)]
+    return evaluation.main(flags, require_reference=True)
 
 
-def _evaluate(args: argparse.Namespace, folder: Path) -> int:
-    from llmq import evaluation
-
-    common = ["--dataset", args.eval, "--seqlen", str(args.eval_seqlen)]
-    common += ["--max-windows", str(args.eval_windows)] if args.eval_windows is not None else []
-    return evaluation.main(["--model", str(folder), "--reference", args.model, *common], require_reference=True)
+def _eval_flags(args: argparse.Namespace) -> list[str]:
+    """What eval/perplexity.py would be asked for, but for the models."""
+    flags = ["--dataset", args.eval, "--seqlen", str(args.eval_seqlen)]
+    return [*flags, "--max-windows", str(args.eval_windows)] if args.eval_windows is not None else flags
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,6 +20,9 @@ ISAS = kernels.available_isas()
 COMPILED = ISAS[:-1]
 SCHEMES = [QuantScheme(b, g, sym) for b, g, sym in itertools.product(BITS, GROUP_SIZES, (True, False))]
 
+# What disassembled code holds only when it goes beyond x86-64 (AVX) or ARMv8.0 (dot and matrix products).
+BEYOND_BASELINE = {"x86_64": r"%[yz]mm\d|\tv[a-z0-9]+ ", "aarch64": r"\t([su]dot|usdot|[us]?s?mmla)\t"}
+
 
 @pytest.fixture(params=COMPILED)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:

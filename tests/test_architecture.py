@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.evaluation",
     ),
     ("llmq",),
-    ("llmq.quantize", "llmq.cli"),
+    ("llmq.quantize", "llmq.cli", "llmq.bench"),
     ("eval", "scripts"),
 )
 # Rooms that meet only in QTensor.
@@ -243,8 +243,10 @@ def test_every_dependency_is_pinned_inside_its_range() -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=relative)
 def test_imported_packages_are_declared(path: Path) -> None:
-    # Modules are named like their distributions, but for the dash.
-    declared = {canonicalize_name(requirement.name).replace("-", "_") for requirement in requirements()}
+    # Modules are named like their distributions, but for the dash and one exception.
+    modules = {"llama_cpp_python": "llama_cpp"}
+    names = (canonicalize_name(requirement.name).replace("-", "_") for requirement in requirements())
+    declared = {modules.get(name, name) for name in names}
     siblings = {other.stem for other in path.parent.glob("*.py")} if path.parent.name in {"eval", "scripts"} else set()
     known = declared | siblings | sys.stdlib_module_names | {"llmq"}
     for line, name in imported_names(path):

@@ -108,6 +108,8 @@ def test_output_errors_come_first(tmp_path):
     file.write_text("x")
     with pytest.raises(FileExistsError, match="is not a folder"):
         check_output(file, overwrite=True)
+    with pytest.raises(NotADirectoryError, match="file is a file, not a folder; choose another --output"):
+        check_output(file / "new", overwrite=True)
     other = tmp_path / "photos"
     other.mkdir()
     (other / "cat.jpg").write_text("x")
@@ -153,7 +155,7 @@ def test_quantization_config_round_trip():
         ({"format_version": 99}, "format_version is 99, this llmq reads 1; update llmq"),
         ({"modules": None}, "'modules' must name the scheme"),
         ({"modules": {"a": "int4"}}, "'int4' is not of the form"),
-        ({"modules": {"a": "w5g32"}}, "bits is 5; known"),
+        ({"modules": {"a": "w5g32"}}, "here: module a: bits is 5; known"),
         ({"tied": {"head": "b"}}, "head is tied to b, which is not among"),
     ],
 )
@@ -174,6 +176,8 @@ def test_check_files_finds_what_is_wrong(tmp_path):
         check_files(files, {f"a.{key}": value for key, value in matrix_layout(6, 48, SCHEME).items()}, "here")
     with pytest.raises(ValueError, match="3 tensors are missing, among them b.qweight"):
         check_files(files, {key.replace("a.", "b."): value for key, value in good.items()}, "here")
+    with pytest.raises(ValueError, match=r"integers of 1 modules that quantization_config does not name, .* a.qweight"):
+        check_files(files, {}, "here")
     files[0].write_bytes(files[0].read_bytes()[:50])
     with pytest.raises(ValueError, match=r"model-00001-of-00002.safetensors cannot be read .* truncated or damaged"):
         check_files(files, good, "here")

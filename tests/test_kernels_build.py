@@ -1,4 +1,4 @@
-"""The build of the kernels: what each object file may contain, and the AVX-512 kernels run through an emulation.
+"""The build of the kernels: what each object file may contain, and the VNNI kernels run through an emulation.
 
 Needs cmake, pybind11, a C++ compiler and binutils; the emulation also SIMDe's headers (Debian, Ubuntu: libsimde-dev).
 """
@@ -56,7 +56,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_every_isa_is_built_whatever_this_machine_runs(objects: dict[str, Path]) -> None:
-    assert set(objects) == {"scalar", "avx2", "avx512vnni"}
+    assert set(objects) == {"scalar", "avx2", "avxvnni", "avx512vnni"}
 
 
 def test_an_isa_object_defines_its_table_and_nothing_that_a_linker_may_merge(objects: dict[str, Path]) -> None:
@@ -71,9 +71,10 @@ def test_an_isa_object_holds_only_its_own_registers(objects: dict[str, Path]) ->
     code = {name: run("objdump", "-d", "--no-show-raw-insn", path) for name, path in objects.items()}
     used = {name: set(re.findall(r"%([xyz]mm)", text)) for name, text in code.items()}
     assert used["scalar"] <= {"xmm"}
-    assert used["avx2"] == {"xmm", "ymm"}
+    assert used["avx2"] == used["avxvnni"] == {"xmm", "ymm"}
     assert "zmm" in used["avx512vnni"]
     assert re.search(r"vpdpbusd .*%zmm", code["avx512vnni"])
+    assert re.search(r"\{vex\} vpdpbusd .*%ymm", code["avxvnni"])
     assert re.search(r"vpmaddubsw .*%ymm", code["avx2"])
     for name in ("scalar", "avx2"):
         assert "vpdpbusd" not in code[name]
@@ -92,14 +93,14 @@ raise SystemExit(pytest.main(sys.argv[2:]))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SIMDE, reason="needs SIMDe's headers (libsimde-dev)")
-def test_the_avx512_kernels_pass_every_kernel_test_in_emulation(tmp_path: Path) -> None:
+def test_the_vnni_kernels_pass_every_kernel_test_in_emulation(tmp_path: Path) -> None:
     # -O1: SIMDe compiles slowly, and the integers and roundings do not depend on the optimiser.
     configure(
-        tmp_path / "build", "-DLLMQ_EMULATE_AVX512=ON", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1 -Wno-psabi"
+        tmp_path / "build", "-DLLMQ_EMULATE_VNNI=ON", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1 -Wno-psabi"
     )
     run("cmake", "--build", tmp_path / "build", "--target", "_core")
     command = (sys.executable, "-c", RUN_WITH_CORE, next((tmp_path / "build").glob("_core.*.so")))
-    options = ("-q", "-p", "no:cacheprovider", "-k", "avx512vnni")
+    options = ("-q", "-p", "no:cacheprovider", "-k", "vnni")
     tests = sorted((ROOT / "tests").glob("test_kernels*.py"))
     # An editable or plain installation is found anyway; running from the source tree needs the path.
     env = {"PYTHONPATH": str(Path(llmq.__file__).parent.parent), "OMP_NUM_THREADS": "1", "LLMQ_ISA": "avx512vnni"}

@@ -87,8 +87,9 @@ def test_the_default_is_one_thread_a_core_within_the_affinity(monkeypatch: pytes
     assert kernels._default_threads() == 3
 
 
-# CPUID words of leaf 1 ecx, leaf 7 ebx and ecx with every bit that a feature asks for.
+# CPUID words with every bit that a feature asks for.
 FULL = {
+    "leaf7_1_eax": 1 << 4,
     "leaf1_ecx": 1 << 12 | 1 << 29,
     "leaf7_ebx": 1 << 5 | 1 << 16 | 1 << 17 | 1 << 30 | 1 << 31,
     "leaf7_ecx": 1 << 11,
@@ -97,11 +98,17 @@ FULL = {
 
 def test_instructions_need_the_operating_systems_consent() -> None:
     assert core.features(**FULL, xcr0=0) == []
-    ymm = {"fma", "f16c", "avx2"}
+    ymm = {"fma", "f16c", "avx2", "avxvnni"}
     assert set(core.features(**FULL, xcr0=0x07)) == ymm  # xmm and ymm saved, zmm not
     assert set(core.features(**FULL, xcr0=0x67)) == ymm  # upper zmm16-31 missing
     assert "avx512vnni" in core.features(**FULL, xcr0=0xE7)
-    assert core.features(leaf1_ecx=0, leaf7_ebx=0, leaf7_ecx=0, xcr0=0xE7) == []
+    assert core.features(xcr0=0xE7) == []
+
+
+def test_features_of_arm_are_bits_of_the_auxiliary_vector() -> None:
+    assert core.features(hwcap=1 << 20) == ["asimddp"]
+    assert core.features(hwcap2=1 << 13) == ["i8mm"]
+    assert core.features(hwcap=~(1 << 20) & 2**64 - 1, hwcap2=~(1 << 13) & 2**64 - 1) == []
 
 
 def test_without_the_compiled_module_a_warning_says_so_and_torch_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -129,7 +129,9 @@ def test_every_code_lies_where_the_layout_says(bits: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "scheme", [QuantScheme(2, 32, True), QuantScheme(3, 256, False), QuantScheme(4, -1, True), QuantScheme(8, 32, False)], ids=str
+    "scheme",
+    [QuantScheme(2, 32, True), QuantScheme(3, 256, False), QuantScheme(4, -1, True), QuantScheme(8, 32, False)],
+    ids=str,
 )
 @pytest.mark.parametrize("isa_name", ISAS)
 def test_take_rows_dequantizes_exactly(isa_name: str, scheme: QuantScheme) -> None:

@@ -1,6 +1,8 @@
 """The command as a user types it."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -88,12 +90,43 @@ def test_unknown_model_and_existing_output(tiny_model, tmp_path, capsys):
     assert (out / "config.json").read_text() == "{}"
 
 
-def test_as_a_module_and_wrong_isa():
-    run = subprocess.run(
-        [sys.executable, "-m", "llmq.quantize", "--wbits", "4"], capture_output=True, text=True, check=False
-    )
+def test_the_model_itself_is_never_replaced(tiny_model, tmp_path, capsys):
+    model = shutil.copytree(tiny_model("llama"), tmp_path / "model")
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    (tmp_path / "config.json").write_text("{}")
+    for out in (model, tmp_path):
+        assert main(["--model", str(model), "--output", str(out), "--overwrite", *QUICK]) == 2
+        assert "is or holds the model to quantize; choose another --output" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_a_model_too_large_to_write_its_own_text_is_refused(tiny_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("llmq.plan.memory_bytes", lambda: 1 << 29)
+    flags = ["--model", str(tiny_model("llama")), "--output", str(tmp_path / "out")]
+    assert main([*flags, "--calib", "self", "--seqlen", "64"]) == 2
+    assert "and this machine has 0.5; give a text file, or --calib stdlib" in capsys.readouterr().err
+    assert main([*flags, *QUICK]) == 0
+
+
+def _as_a_module(*flags, **environment):
+    command = [sys.executable, "-m", "llmq.quantize", *flags]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+
+
+def test_as_a_module():
+    run = _as_a_module("--wbits", "4")
     assert run.returncode == 2
     assert "--model" in run.stderr
+
+
+def test_wrong_isa_is_refused_before_the_work(tiny_model, tmp_path):
+    out = tmp_path / "out"
+    run = _as_a_module("--model", str(tiny_model("llama")), "--output", str(out), *QUICK, LLMQ_ISA="neon9")
+    assert run.returncode == 2
+    assert "error: LLMQ_ISA is 'neon9'" in run.stderr
+    assert "scalar, reference" in run.stderr
+    assert run.stdout == ""
+    assert not out.exists()
 
 
 def test_eval_prints_perplexity_before_and_after(tiny_model, tmp_path, capfd):
@@ -104,3 +137,26 @@ def test_eval_prints_perplexity_before_and_after(tiny_model, tmp_path, capfd):
     out = capfd.readouterr().out
     assert out.count("perplexity") >= 2
     assert "windows" in out
+
+
+@pytest.mark.parametrize(
+    ("content", "flags", "message"),
+    [
+        (b"The quick brown fox. " * 90, ["--eval-seqlen", "100000"], "a window needs 99999"),
+        (b"The quick brown fox. " * 2000, ["--eval-seqlen", "600"], "seqlen is 600; the model's context is 512"),
+        (b"The quick brown fox. " * 90, ["--eval-seqlen", "32", "--eval-windows", "0"], "max-windows is 0"),
+        (b"", ["--eval-seqlen", "32"], "the text has 0 tokens, a window needs 31"),
+        (b"\xff\xfe\x00\x80", ["--eval-seqlen", "32"], "UTF-8"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_made_is_refused_before_the_work(
+    tiny_model, tmp_path, capsys, content, flags, message
+):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_bytes(content)
+    flags = ["--eval", str(text), *flags, "--output", str(out)]
+    assert main(["--model", str(tiny_model("llama")), *QUICK, *flags]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+    assert not out.exists()

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "engine/attention.h"
+#include "engine/input_buffer.h"
 #include "engine/thread_pool.h"
 
 namespace llmq {
@@ -20,7 +21,6 @@ constexpr std::int64_t kChunkTokens = 512;
 constexpr std::int64_t kFfnRows = 128;
 // Floats below which a row-wise pass stays in the calling thread.
 constexpr std::int64_t kAloneFloats = 1 << 14;
-constexpr std::int64_t kColumnPadding = 64;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -36,54 +36,6 @@ void for_rows(std::int64_t m, std::int64_t width, const F& f) {
     for (std::int64_t row = c * chunk; row < std::min(m, (c + 1) * chunk); ++row) f(row);
   });
 }
-
-// Rows of floats and their int8 forms; memory is kept and only ever enlarged.
-class InputBuffer {
- public:
-  // Room for m rows of k columns, in the int8 groups that `matrices` ask for (none with float activations).
-  Inputs& prepare(std::int64_t m, std::int64_t k, const std::vector<const Matrix*>& matrices, bool float_activations) {
-    grow(x_, m * k);
-    view_ = Inputs{};
-    view_.x = x_.data(), view_.m = m, view_.k = k;
-    for (const Matrix* w : matrices) {
-      if (!w->quantized() || float_activations) continue;
-      const auto end = view_.width.begin() + view_.count;
-      if (std::find(view_.width.begin(), end, w->packed.group) == end) add_width(m, k, w->packed.group);
-    }
-    return view_;
-  }
-
-  float* row(std::int64_t r) { return x_.data() + r * view_.k; }
-
-  void quantize_row(const KernelTable& table, std::int64_t r) const {
-    for (int i = 0; i < view_.count; ++i) {
-      table.quantize_rows(view_.x, {r, r + 1}, view_.k, view_.width[i], view_.quantized[i]);
-    }
-  }
-
- private:
-  template <class T>
-  static void grow(std::vector<T>& v, std::int64_t size) {
-    if (static_cast<std::int64_t>(v.size()) < size) v.resize(static_cast<std::size_t>(size));
-  }
-
-  void add_width(std::int64_t m, std::int64_t k, std::int64_t width) {
-    const int i = view_.count++;
-    const std::int64_t stride = ceil_div(k, kColumnPadding) * kColumnPadding, groups = ceil_div(k, width);
-    q_[i].assign(static_cast<std::size_t>(m * stride), 0);
-    grow(scale_[i], m * groups);
-    grow(total_[i], m * groups);
-    view_.width[i] = width;
-    view_.quantized[i] = {
-        .q = q_[i].data(), .scale = scale_[i].data(), .total = total_[i].data(), .stride = stride, .groups = groups};
-  }
-
-  Inputs view_;
-  std::vector<float> x_;
-  std::array<std::vector<std::int8_t>, kMaxWidths> q_;
-  std::array<std::vector<float>, kMaxWidths> scale_;
-  std::array<std::vector<std::int32_t>, kMaxWidths> total_;
-};
 
 void require(bool holds, const std::string& message) {
   if (!holds) throw std::invalid_argument(message);

@@ -2,8 +2,8 @@
 // and adds four products to each 32-bit lane.
 #pragma once
 
-#if defined(LLMQ_EMULATE_AVX512)
-#include "avx512_emulation.h"
+#if defined(LLMQ_EMULATE_VNNI)
+#include "isa/avx512_emulation.h"
 #else
 #include <immintrin.h>
 #endif
@@ -16,9 +16,9 @@ namespace {
 struct Isa {
   static constexpr int kRows = 16;
   // 24 sums, 2 codes and the constants of 32 registers; the activations are broadcast from memory.
+  static constexpr int kPanelsOneToken = 2;
   static constexpr int kTilePanels = 2;
   static constexpr int kTileTokens = 12;
-  static constexpr int kDirectTokens = 8;
 
   using Bytes = __m512i;
   using Ints = __m512i;
@@ -43,11 +43,17 @@ struct Isa {
 
   static Ints set_ints(std::int32_t value) { return _mm512_set1_epi32(value); }
 
-  // (offset - zero[r]) * total. Both factors fit 16 bits (|total| <= 127 * 128) and the upper half of total is cleared,
-  // so vpmaddwd multiplies the lower halves only.
-  static Ints offset_minus_zeros_times(int offset, const std::uint8_t* zeros, std::int32_t total) {
+  // offset - zero[r]; without zeros offset - mid
+  static Ints offset_minus_zeros(int offset, const std::uint8_t* zeros, std::int32_t mid) {
+    if (!zeros) return _mm512_set1_epi32(offset - mid);
     const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(zeros)));
-    return _mm512_madd_epi16(_mm512_sub_epi32(_mm512_set1_epi32(offset), wide), _mm512_set1_epi32(total & 0xffff));
+    return _mm512_sub_epi32(_mm512_set1_epi32(offset), wide);
+  }
+  // acc + a * total. Both factors fit 16 bits (|a| <= 255, |total| <= 127 * 128): vpmaddwd multiplies the lower halves,
+  // and the upper half of a is blanked to make the other product zero.
+  static Ints add_product(Ints acc, Ints a, Ints total) {
+    const __m512i low = _mm512_and_si512(a, _mm512_set1_epi32(0xffff));
+    return _mm512_add_epi32(acc, _mm512_madd_epi16(low, total));
   }
 
   static Floats set_floats(float value) { return _mm512_set1_ps(value); }
@@ -72,9 +78,9 @@ struct Isa {
 // Codes of any width. Nothing saturates: |sum| <= 128 * 255 * 127 < 2^31.
 template <int kBits>
 struct Dot {
-  static constexpr int kPlanes = 1;
   static constexpr int kSpanBlocks = 4;
   static constexpr int kChains = 2;
+  static constexpr int kUnpackTokens = kBits == 8 ? kNever : 24;
   static constexpr int kOffset = 0;
   using Operand = __m512i;
   using Part = __m512i;
@@ -82,7 +88,7 @@ struct Dot {
   static Operand operand(Isa::Bytes codes) { return codes; }
   static Part zero() { return _mm512_setzero_si512(); }
   static Part add(Part part, Operand codes, __m512i x) { return _mm512_dpbusd_epi32(part, codes, x); }
-  static Isa::Ints widen(Isa::Ints acc, Part part, int) { return _mm512_add_epi32(acc, part); }
+  static Isa::Ints widen(Isa::Ints acc, Part part) { return _mm512_add_epi32(acc, part); }
 };
 
 }  // namespace

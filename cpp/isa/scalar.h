@@ -41,9 +41,9 @@ Ints4 add_halves(Shorts8 a) {
 
 struct Isa {
   static constexpr int kRows = 4;
+  static constexpr int kPanelsOneToken = 1;
   static constexpr int kTilePanels = 1;
   static constexpr int kTileTokens = 2;
-  static constexpr int kDirectTokens = 2;
 
   using Bytes = Bytes16;
   using Ints = Ints4;
@@ -76,10 +76,11 @@ struct Isa {
 
   static Ints set_ints(std::int32_t value) { return Ints{value, value, value, value}; }
 
-  // (offset - zero[r]) * total
-  static Ints offset_minus_zeros_times(int offset, const std::uint8_t* zeros, std::int32_t total) {
-    return (offset - Ints{zeros[0], zeros[1], zeros[2], zeros[3]}) * total;
+  // offset - zero[r]; without zeros offset - mid
+  static Ints offset_minus_zeros(int offset, const std::uint8_t* zeros, std::int32_t mid) {
+    return zeros ? offset - Ints{zeros[0], zeros[1], zeros[2], zeros[3]} : set_ints(offset - mid);
   }
+  static Ints add_product(Ints acc, Ints a, Ints total) { return acc + a * total; }
 
   static Floats set_floats(float value) { return Floats{value, value, value, value}; }
 
@@ -116,9 +117,9 @@ struct Codes {
 // c: 24384 in 4 blocks of 2-bit codes, 28448 in 2 blocks of 3-bit codes, 30480 in one of 4-bit codes, all below 32767.
 template <int kBits>
 struct Dot {
-  static constexpr int kPlanes = 1;
   static constexpr int kSpanBlocks = kBits == 2 ? 4 : kBits == 3 ? 2 : 1;
   static constexpr int kChains = 1;
+  static constexpr int kUnpackTokens = 4;
   static constexpr int kOffset = 0;
   using Operand = Codes;
   using Part = Shorts8;
@@ -131,15 +132,15 @@ struct Dot {
   static Part add(Part part, const Operand& codes, const Isa::Four& x) {
     return part + codes.even * x.even + codes.odd * x.odd;
   }
-  static Isa::Ints widen(Isa::Ints acc, Part part, int) { return acc + add_halves(part); }
+  static Isa::Ints widen(Isa::Ints acc, Part part) { return acc + add_halves(part); }
 };
 
 // 8-bit codes: a product is at most 255 * 127 = 32385 < 32767, and is widened before it is added.
 template <>
 struct Dot<8> {
-  static constexpr int kPlanes = 1;
   static constexpr int kSpanBlocks = 1;
   static constexpr int kChains = 1;
+  static constexpr int kUnpackTokens = kNever;
   static constexpr int kOffset = 0;
   using Operand = Codes;
   using Part = Isa::Ints;
@@ -149,7 +150,7 @@ struct Dot<8> {
   static Part add(Part part, const Operand& codes, const Isa::Four& x) {
     return part + add_halves(codes.even * x.even) + add_halves(codes.odd * x.odd);
   }
-  static Isa::Ints widen(Isa::Ints acc, Part part, int) { return acc + part; }
+  static Isa::Ints widen(Isa::Ints acc, Part part) { return acc + part; }
 };
 
 }  // namespace

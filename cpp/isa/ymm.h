@@ -10,9 +10,9 @@ namespace {
 
 struct Isa {
   static constexpr int kRows = 8;
+  static constexpr int kPanelsOneToken = 1;
   static constexpr int kTilePanels = 1;
-  static constexpr int kTileTokens = 6;
-  static constexpr int kDirectTokens = 4;
+  static constexpr int kTileTokens = 4;
 
   using Bytes = __m256i;
   using Ints = __m256i;
@@ -35,11 +35,17 @@ struct Isa {
 
   static Ints set_ints(std::int32_t value) { return _mm256_set1_epi32(value); }
 
-  // (offset - zero[r]) * total. Both factors fit 16 bits (|total| <= 127 * 128) and the upper half of total is cleared,
-  // so vpmaddwd multiplies the lower halves only.
-  static Ints offset_minus_zeros_times(int offset, const std::uint8_t* zeros, std::int32_t total) {
+  // offset - zero[r]; without zeros offset - mid
+  static Ints offset_minus_zeros(int offset, const std::uint8_t* zeros, std::int32_t mid) {
+    if (!zeros) return _mm256_set1_epi32(offset - mid);
     const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(zeros)));
-    return _mm256_madd_epi16(_mm256_sub_epi32(_mm256_set1_epi32(offset), wide), _mm256_set1_epi32(total & 0xffff));
+    return _mm256_sub_epi32(_mm256_set1_epi32(offset), wide);
+  }
+  // acc + a * total. Both factors fit 16 bits (|a| <= 255, |total| <= 127 * 128): vpmaddwd multiplies the lower halves,
+  // and the upper half of a is blanked to make the other product zero.
+  static Ints add_product(Ints acc, Ints a, Ints total) {
+    const __m256i low = _mm256_and_si256(a, _mm256_set1_epi32(0xffff));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(low, total));
   }
 
   static Floats set_floats(float value) { return _mm256_set1_ps(value); }

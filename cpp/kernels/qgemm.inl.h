@@ -10,6 +10,9 @@ constexpr int kBlockQuads = kBlockColumns / 4;
 constexpr int kSweepTokens = 48;
 // Columns unpacked at a time; a panel's 16 rows of them fill a quarter of a level 1 cache.
 constexpr int kStripColumns = 512;
+// Columns whose integer sums are kept before any of them is scaled: the scaling of a single group would wait for its
+// last products, and the next group for it.
+constexpr int kBatchColumns = 512;
 // How far ahead of the codes in use one token's reading asks memory: further than DRAM's latency at its full speed.
 constexpr int kPrefetchBytes = 1024;
 
@@ -27,17 +30,13 @@ LLMQ_INLINE typename Isa::Bytes unpack_quad(const std::uint8_t* block, int i) {
   }
 }
 
-// Where a group's codes come from: the packed panel, or the bytes of a sweep. A Dot may cut codes into planes of fewer
-// bits, whose products fit its narrow sums.
+// Where codes come from: the packed panel, or the bytes of a sweep.
 template <class Isa, int kBits>
 struct FromPanel {
-  using D = Dot<kBits>;
   static constexpr int kBlockBytes = kBits * kVectorBytes;
 
-  static LLMQ_INLINE typename Isa::Bytes codes(const std::uint8_t* block, int plane, int i) {
-    const auto whole = unpack_quad<Isa, kBits>(block, i);
-    if constexpr (D::kPlanes == 1) return whole;
-    return Isa::bits_at(whole, plane * (kBits / D::kPlanes), (1 << kBits / D::kPlanes) - 1);
+  static LLMQ_INLINE typename Isa::Bytes codes(const std::uint8_t* block, int i) {
+    return unpack_quad<Isa, kBits>(block, i);
   }
   static LLMQ_INLINE void prefetch(const std::uint8_t* block) {
     LLMQ_UNROLL
@@ -47,24 +46,33 @@ struct FromPanel {
 
 template <class Isa, int kBits>
 struct FromStrip {
-  using D = Dot<kBits>;
-  static constexpr int kBlockBytes = D::kPlanes * kBlockQuads * kVectorBytes;
+  static constexpr int kBlockBytes = kBlockQuads * kVectorBytes;
 
-  static LLMQ_INLINE typename Isa::Bytes codes(const std::uint8_t* block, int plane, int i) {
-    return Isa::load_bytes(block + (plane * kBlockQuads + i) * kVectorBytes);
+  static LLMQ_INLINE typename Isa::Bytes codes(const std::uint8_t* block, int i) {
+    return Isa::load_bytes(block + i * kVectorBytes);
   }
   static LLMQ_INLINE void prefetch(const std::uint8_t*) {}
 };
 
 std::int64_t blocks_of(std::int64_t columns) { return (columns + kBlockColumns - 1) / kBlockColumns; }
 
-// Columns of a group; the last one may be shorter.
-std::int64_t group_columns(const PackedMatrix& w, std::int64_t group) {
-  const std::int64_t left = w.k - group * w.group;
-  return left < w.group ? left : w.group;
-}
+// Where a run of groups begins in everything that a tile of tokens and panels reads. All of it is copied here: a kernel
+// that writes floats may not assume that the job's own fields stay.
+template <int kPanels>
+struct Cursor {
+  const std::uint8_t* codes[kPanels];
+  const std::uint16_t* scales[kPanels];
+  const std::uint8_t* zeros[kPanels];  // null: symmetric
+  const std::int8_t* q;
+  const float* x_scale;
+  const std::int32_t* total;
+  std::int64_t stride, x_groups;  // from one token to the next: of q, of x_scale and total
+  std::int64_t columns;           // left from here to the end of the run
+  int group, share, left;         // columns of a group; groups of a scale, and how many of them come with the first one
+  int mid;
+};
 
-// kTokens tokens against kPanels panels. `codes` is where the codes of the first group of a run begin.
+// kTokens tokens against kPanels panels.
 template <class Isa, int kBits, class Source, int kPanels, int kTokens>
 struct Tile {
   using D = Dot<kBits>;
@@ -75,29 +83,23 @@ struct Tile {
   // One token has too few sums to hide the latency of a long dot product: each is cut into several.
   static constexpr int kChains = kTokens == 1 ? D::kChains : 1;
 
-  const Qgemm& job;
-  const std::uint8_t* const (&codes)[kPanels];
-  const std::uint8_t* const (&panels)[kPanels];
-  std::int64_t token;
+  Cursor<kPanels> at;
+  const std::uint8_t* codes[kPanels];
+  const std::int8_t* x[kTokens];
 
-  // acc = (offset - zero) * sum(x): from here on the zero point is exact and free.
-  LLMQ_INLINE void start(std::int64_t group, Ints (&acc)[kTokens][kVectors]) const {
+  LLMQ_INLINE explicit Tile(const Cursor<kPanels>& from) : at(from) {
+    LLMQ_UNROLL
+    for (int p = 0; p < kPanels; ++p) codes[p] = at.codes[p];
     LLMQ_UNROLL
     for (int t = 0; t < kTokens; ++t) {
-      const std::int32_t total = job.x.total[(token + t) * job.x.groups + group];
-      LLMQ_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        const std::uint8_t* zeros = panels[v / kPerPanel] + job.w.zeros_offset +
-                                    group / job.w.share * kPanelRows + v % kPerPanel * Isa::kRows;
-        acc[t][v] = job.w.zeros_offset ? Isa::offset_minus_zeros_times(D::kOffset, zeros, total)
-                                       : Isa::set_ints((D::kOffset - job.w.mid) * total);
-      }
+      x[t] = at.q + t * at.stride;
+      __asm__(""
+              : "+r"(x[t]));  // a register a token: left alone, the compiler adds multiples of the stride at every load
     }
   }
 
   // acc += dot products of blocks that together are short enough for narrow partial sums.
-  LLMQ_INLINE void add_span(const std::int8_t* q, std::int64_t first, int blocks, int plane,
-                            Ints (&acc)[kTokens][kVectors]) const {
+  LLMQ_INLINE void add_span(int blocks, Ints (&acc)[kTokens][kVectors]) const {
     typename D::Part part[kTokens][kVectors][kChains];
     LLMQ_UNROLL
     for (int t = 0; t < kTokens; ++t) {
@@ -108,24 +110,21 @@ struct Tile {
       }
     }
     for (int b = 0; b < blocks; ++b) {
-      const std::int64_t at = (first + b) * Source::kBlockBytes;
-      const std::int8_t* x = q + b * kBlockColumns;
       LLMQ_UNROLL
-      for (int p = 0; p < kPanels; ++p) Source::prefetch(codes[p] + at);
+      for (int p = 0; p < kPanels; ++p) Source::prefetch(codes[p] + b * Source::kBlockBytes);
       LLMQ_UNROLL
       for (int i = 0; i < kBlockQuads; ++i) {
         typename D::Operand weight[kVectors];
         LLMQ_UNROLL
         for (int v = 0; v < kVectors; ++v) {
-          const std::uint8_t* rows = codes[v / kPerPanel] + at + v % kPerPanel * Isa::kRows * 4;
-          weight[v] = D::operand(Source::codes(rows, plane, i));
+          const std::uint8_t* rows = codes[v / kPerPanel] + v % kPerPanel * Isa::kRows * 4;
+          weight[v] = D::operand(Source::codes(rows + b * Source::kBlockBytes, i));
         }
         LLMQ_UNROLL
         for (int t = 0; t < kTokens; ++t) {
-          const auto four = Isa::broadcast4(x + t * job.x.stride + 4 * i);
+          const auto four = Isa::broadcast4(x[t] + b * kBlockColumns + 4 * i);
           LLMQ_UNROLL
-          for (int v = 0; v < kVectors; ++v)
-            part[t][v][i % kChains] = D::add(part[t][v][i % kChains], weight[v], four);
+          for (int v = 0; v < kVectors; ++v) part[t][v][i % kChains] = D::add(part[t][v][i % kChains], weight[v], four);
         }
       }
     }
@@ -134,144 +133,215 @@ struct Tile {
       LLMQ_UNROLL
       for (int v = 0; v < kVectors; ++v) {
         LLMQ_UNROLL
-        for (int c = 0; c < kChains; ++c) acc[t][v] = D::widen(acc[t][v], part[t][v][c], plane);
+        for (int c = 0; c < kChains; ++c) acc[t][v] = D::widen(acc[t][v], part[t][v][c]);
       }
     }
   }
 
-  // sums[t][row] += float(acc) * (weight scale * activation scale)
-  LLMQ_INLINE void add_scaled(std::int64_t group, const Ints (&acc)[kTokens][kVectors], float* sums) const {
+  // The dot products of one group.
+  LLMQ_INLINE void add_group(std::int64_t columns, Ints (&acc)[kTokens][kVectors]) {
+    for (int left = static_cast<int>(blocks_of(columns)); left > 0; left -= D::kSpanBlocks) {
+      const int span = left < D::kSpanBlocks ? left : D::kSpanBlocks;
+      add_span(span, acc);
+      LLMQ_UNROLL
+      for (int t = 0; t < kTokens; ++t) x[t] += span * kBlockColumns;
+      LLMQ_UNROLL
+      for (int p = 0; p < kPanels; ++p) codes[p] += span * Source::kBlockBytes;
+    }
+  }
+
+  // sum += float(acc - zero * sum(x)) * (weight scale * activation scale)
+  LLMQ_INLINE void add_scaled(const Ints (&acc)[kTokens][kVectors], Floats (&sum)[kTokens][kVectors]) const {
+    Ints zero[kVectors];
+    Floats scale[kVectors];
     LLMQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      const auto* scales = reinterpret_cast<const std::uint16_t*>(panels[v / kPerPanel]);
-      const Floats weight_scale =
-          Isa::halves_to_floats(scales + group / job.w.share * kPanelRows + v % kPerPanel * Isa::kRows);
+      const int row = v % kPerPanel * Isa::kRows;
+      const std::uint8_t* zeros = at.zeros[v / kPerPanel];
+      zero[v] = Isa::offset_minus_zeros(D::kOffset, zeros ? zeros + row : nullptr, at.mid);
+      scale[v] = Isa::halves_to_floats(at.scales[v / kPerPanel] + row);
+    }
+    LLMQ_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      const Floats x_scale = Isa::set_floats(at.x_scale[t * at.x_groups]);
+      const Ints total = Isa::set_ints(at.total[t * at.x_groups]);
       LLMQ_UNROLL
-      for (int t = 0; t < kTokens; ++t) {
-        const Floats scale = Isa::mul(weight_scale, Isa::set_floats(job.x.scale[(token + t) * job.x.groups + group]));
-        float* sum = sums + t * kPanels * kPanelRows + v * Isa::kRows;
-        Isa::store(sum, Isa::add(Isa::load(sum), Isa::mul(Isa::to_floats(acc[t][v]), scale)));
+      for (int v = 0; v < kVectors; ++v) {
+        const Floats dot = Isa::to_floats(Isa::add_product(acc[t][v], zero[v], total));
+        sum[t][v] = Isa::add(sum[t][v], Isa::mul(dot, Isa::mul(scale[v], x_scale)));
       }
     }
   }
 
-  void run(Range groups, float* sums) const {
-    std::int64_t block = 0;
-    for (std::int64_t group = groups.begin; group < groups.end; ++group) {
-      Ints acc[kTokens][kVectors];
-      start(group, acc);
-      const std::int8_t* q = job.x.q + token * job.x.stride + group * job.w.group;
-      int left = static_cast<int>(blocks_of(group_columns(job.w, group)));
-      while (left > 0) {
-        const int blocks = left < D::kSpanBlocks ? left : D::kSpanBlocks;
-        for (int plane = 0; plane < D::kPlanes; ++plane) add_span(q, block, blocks, plane, acc);
-        q += blocks * kBlockColumns;
-        block += blocks;
-        left -= blocks;
+  LLMQ_INLINE void next_group() {
+    ++at.x_scale;
+    ++at.total;
+    if (--at.left > 0) return;
+    at.left = at.share;
+    LLMQ_UNROLL
+    for (int p = 0; p < kPanels; ++p) {
+      at.scales[p] += kPanelRows;
+      if (at.zeros[p]) at.zeros[p] += kPanelRows;
+    }
+  }
+
+  LLMQ_INLINE void run(float* sums) {
+    Floats sum[kTokens][kVectors];
+    LLMQ_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      LLMQ_UNROLL
+      for (int v = 0; v < kVectors; ++v) sum[t][v] = Isa::load(sums + t * kPanels * kPanelRows + v * Isa::kRows);
+    }
+    while (at.columns > 0) {
+      // One token reads memory all the time: several groups' sums waiting would only hold its loads up.
+      constexpr int kBatch = kTokens == 1 ? 128 : kBatchColumns;
+      Ints acc[kBatch / kBlockColumns][kTokens][kVectors];
+      int groups = 0;
+      for (std::int64_t room = kBatch; at.columns > 0 && room >= at.group; room -= at.group, ++groups) {
+        LLMQ_UNROLL
+        for (int t = 0; t < kTokens; ++t) {
+          LLMQ_UNROLL
+          for (int v = 0; v < kVectors; ++v) acc[groups][t][v] = Isa::set_ints(0);
+        }
+        add_group(at.columns < at.group ? at.columns : at.group, acc[groups]);
+        at.columns -= at.group;
       }
-      add_scaled(group, acc, sums);
+      for (int g = 0; g < groups; ++g, next_group()) add_scaled(acc[g], sum);
+    }
+    LLMQ_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      LLMQ_UNROLL
+      for (int v = 0; v < kVectors; ++v) Isa::store(sums + t * kPanels * kPanelRows + v * Isa::kRows, sum[t][v]);
     }
   }
 };
 
 // A tile of exactly `tokens` <= kTokens tokens.
 template <class Isa, int kBits, class Source, int kPanels, int kTokens>
-void run_tile(int tokens, const Qgemm& job, const std::uint8_t* const (&codes)[kPanels],
-              const std::uint8_t* const (&panels)[kPanels], std::int64_t token, Range groups, float* sums) {
+__attribute__((noinline)) void run_exactly(const Cursor<kPanels>& at, float* sums) {
+  Tile<Isa, kBits, Source, kPanels, kTokens>(at).run(sums);
+}
+
+template <class Isa, int kBits, class Source, int kPanels, int kTokens>
+void run_tile(int tokens, const Cursor<kPanels>& at, float* sums) {
   if (tokens == kTokens) {
-    Tile<Isa, kBits, Source, kPanels, kTokens>{job, codes, panels, token}.run(groups, sums);
+    run_exactly<Isa, kBits, Source, kPanels, kTokens>(at, sums);
   } else if constexpr (kTokens > 1) {
-    run_tile<Isa, kBits, Source, kPanels, kTokens - 1>(tokens, job, codes, panels, token, groups, sums);
+    run_tile<Isa, kBits, Source, kPanels, kTokens - 1>(tokens, at, sums);
   }
 }
 
-// All tokens, in tiles of nearly equal size: a remainder of one token would read the codes for little work.
+// `tokens` tokens from the cursor's on, in tiles of nearly equal size: a remainder of one token would read the codes
+// for little work.
 template <class Isa, int kBits, class Source, int kPanels, int kTokens>
-void run_tiles(const Qgemm& job, const std::uint8_t* const (&codes)[kPanels],
-               const std::uint8_t* const (&panels)[kPanels], Range tokens, Range groups, float* sums) {
-  int tiles = static_cast<int>((tokens.end - tokens.begin + kTokens - 1) / kTokens);
-  for (std::int64_t t = tokens.begin; t < tokens.end; --tiles) {
-    const int size = static_cast<int>((tokens.end - t + tiles - 1) / tiles);
-    run_tile<Isa, kBits, Source, kPanels, kTokens>(size, job, codes, panels, t, groups,
-                                                   sums + (t - tokens.begin) * kPanels * kPanelRows);
-    t += size;
+void run_tiles(int tokens, Cursor<kPanels> at, float* sums) {
+  for (int tiles = (tokens + kTokens - 1) / kTokens; tiles > 0; --tiles) {
+    const int size = (tokens + tiles - 1) / tiles;
+    run_tile<Isa, kBits, Source, kPanels, kTokens>(size, at, sums);
+    at.q += size * at.stride;
+    at.x_scale += size * at.x_groups;
+    at.total += size * at.x_groups;
+    sums += size * kPanels * kPanelRows;
+    tokens -= size;
   }
 }
 
 // The codes of some blocks of a panel, a byte each.
 template <class Isa, int kBits>
 void unpack_strip(const std::uint8_t* packed, std::int64_t blocks, std::uint8_t* strip) {
-  using Packed = FromPanel<Isa, kBits>;
   using Strip = FromStrip<Isa, kBits>;
   for (std::int64_t b = 0; b < blocks; ++b) {
-    for (int plane = 0; plane < Dot<kBits>::kPlanes; ++plane) {
-      LLMQ_UNROLL
-      for (int i = 0; i < kBlockQuads; ++i) {
-        for (int byte = 0; byte < kVectorBytes; byte += Isa::kRows * 4) {
-          Isa::store_bytes(strip + b * Strip::kBlockBytes + (plane * kBlockQuads + i) * kVectorBytes + byte,
-                           Packed::codes(packed + b * Packed::kBlockBytes + byte, plane, i));
-        }
+    LLMQ_UNROLL
+    for (int i = 0; i < kBlockQuads; ++i) {
+      for (int byte = 0; byte < kVectorBytes; byte += Isa::kRows * 4) {
+        Isa::store_bytes(strip + b * Strip::kBlockBytes + i * kVectorBytes + byte,
+                         unpack_quad<Isa, kBits>(packed + b * kBits * kVectorBytes + byte, i));
       }
     }
   }
 }
 
+// From group `group` of the neighbouring panels from `panel` on, and from token `token`, `columns` columns.
+template <int kBits, int kPanels>
+Cursor<kPanels> cursor_at(const Qgemm& job, std::int64_t panel, std::int64_t token, std::int64_t group,
+                          std::int64_t columns) {
+  const PackedMatrix& w = job.w;
+  const std::int64_t from = token * job.x.groups + group, shared = group / w.share;
+  Cursor<kPanels> at{.codes = {},
+                     .scales = {},
+                     .zeros = {},
+                     .q = job.x.q + token * job.x.stride + group * w.group,
+                     .x_scale = job.x.scale + from,
+                     .total = job.x.total + from,
+                     .stride = job.x.stride,
+                     .x_groups = job.x.groups,
+                     .columns = columns,
+                     .group = static_cast<int>(w.group),
+                     .share = w.share,
+                     .left = static_cast<int>((shared + 1) * w.share - group),
+                     .mid = w.mid};
+  for (int p = 0; p < kPanels; ++p) {
+    const std::uint8_t* begin = w.panels + (panel + p) * w.panel_stride;
+    at.codes[p] = begin + w.payload_offset + blocks_of(group * w.group) * (kBits * kVectorBytes);
+    at.scales[p] = reinterpret_cast<const std::uint16_t*>(begin) + shared * kPanelRows;
+    at.zeros[p] = w.zeros_offset ? begin + w.zeros_offset + shared * kPanelRows : nullptr;
+  }
+  return at;
+}
+
 template <class Isa, int kBits, int kPanels>
-void sweep(const Qgemm& job, const std::uint8_t* const (&panels)[kPanels], Range tokens, float* sums) {
+void sweep(const Qgemm& job, std::int64_t panel, Range tokens, float* sums) {
   using Strip = FromStrip<Isa, kBits>;
-  constexpr int kStripBytes = kStripColumns / kBlockColumns * Strip::kBlockBytes;
-  alignas(64) std::uint8_t strips[kPanels][kStripBytes];
-  const std::uint8_t* codes[kPanels];
-  for (int p = 0; p < kPanels; ++p) codes[p] = strips[p];
+  alignas(64) std::uint8_t strips[kPanels][kStripColumns / kBlockColumns * Strip::kBlockBytes];
   const std::int64_t step = kStripColumns / job.w.group;
   for (std::int64_t group = 0; group < job.w.groups; group += step) {
-    const Range groups{group, group + step < job.w.groups ? group + step : job.w.groups};
-    const std::int64_t first = blocks_of(group * job.w.group);
-    const std::int64_t left = job.w.k - group * job.w.group;
-    const std::int64_t blocks = blocks_of(left < step * job.w.group ? left : step * job.w.group);
+    const std::int64_t left = job.w.k - group * job.w.group, full = step * job.w.group;
+    const std::int64_t columns = left < full ? left : full;
+    Cursor<kPanels> at = cursor_at<kBits, kPanels>(job, panel, tokens.begin, group, columns);
     for (int p = 0; p < kPanels; ++p) {
-      unpack_strip<Isa, kBits>(panels[p] + job.w.payload_offset + first * FromPanel<Isa, kBits>::kBlockBytes, blocks,
-                               strips[p]);
+      unpack_strip<Isa, kBits>(at.codes[p], blocks_of(columns), strips[p]);
+      at.codes[p] = strips[p];
     }
-    run_tiles<Isa, kBits, Strip, kPanels, Isa::kTileTokens>(job, codes, panels, tokens, groups, sums);
+    run_tiles<Isa, kBits, Strip, kPanels, Isa::kTileTokens>(static_cast<int>(tokens.end - tokens.begin), at, sums);
   }
 }
 
-// At most kSweepTokens tokens against kPanels neighbouring panels.
-template <class Isa, int kBits, int kPanels>
+// At most kSweepTokens tokens, in tiles of kTokens, against kPanels neighbouring panels.
+template <class Isa, int kBits, int kPanels, int kTokens>
 void run_panels(const Qgemm& job, std::int64_t panel, Range tokens) {
-  const std::int64_t count = tokens.end - tokens.begin;
+  const int count = static_cast<int>(tokens.end - tokens.begin);
   alignas(64) float sums[kSweepTokens * kPanels * kPanelRows];
-  for (std::int64_t i = 0; i < count * kPanels * kPanelRows; ++i) sums[i] = 0.0f;
-  const std::uint8_t* panels[kPanels];
-  const std::uint8_t* codes[kPanels];
-  for (int p = 0; p < kPanels; ++p) {
-    panels[p] = job.w.panels + (panel + p) * job.w.panel_stride;
-    codes[p] = panels[p] + job.w.payload_offset;
-  }
-  if (count <= Isa::kDirectTokens) {
-    run_tiles<Isa, kBits, FromPanel<Isa, kBits>, kPanels, Isa::kDirectTokens>(job, codes, panels, tokens,
-                                                                              {0, job.w.groups}, sums);
-  } else {
-    sweep<Isa, kBits, kPanels>(job, panels, tokens, sums);
+  for (int i = 0; i < count * kPanels * kPanelRows; ++i) sums[i] = 0.0f;
+  if (count < Dot<kBits>::kUnpackTokens) {
+    const auto at = cursor_at<kBits, kPanels>(job, panel, tokens.begin, 0, job.w.k);
+    run_tiles<Isa, kBits, FromPanel<Isa, kBits>, kPanels, kTokens>(count, at, sums);
+  } else if constexpr (kTokens > 1) {
+    sweep<Isa, kBits, kPanels>(job, panel, tokens, sums);
   }
   const std::int64_t row = panel * kPanelRows;
   const std::int64_t rows = job.w.n - row < kPanels * kPanelRows ? job.w.n - row : kPanels * kPanelRows;
-  for (std::int64_t t = 0; t < count; ++t) {
+  for (int t = 0; t < count; ++t) {
     float* out = job.out + (tokens.begin + t) * job.out_stride + row;
     const float* sum = sums + t * kPanels * kPanelRows;
     for (std::int64_t r = 0; r < rows; ++r) out[r] = job.bias ? sum[r] + job.bias[row + r] : sum[r];
   }
 }
 
+template <class Isa, int kBits, int kPanels, int kTokens>
+void run_all_panels(const Qgemm& job, Range panels, Range tokens) {
+  std::int64_t p = panels.begin;
+  for (; p + kPanels <= panels.end; p += kPanels) run_panels<Isa, kBits, kPanels, kTokens>(job, p, tokens);
+  for (; p < panels.end; ++p) run_panels<Isa, kBits, 1, kTokens>(job, p, tokens);
+}
+
 template <class Isa, int kBits>
 void qgemm(const Qgemm& job, Range panels, Range tokens) {
   for (std::int64_t t = tokens.begin; t < tokens.end; t += kSweepTokens) {
     const Range some{t, t + kSweepTokens < tokens.end ? t + kSweepTokens : tokens.end};
-    std::int64_t p = panels.begin;
-    for (; p + Isa::kTilePanels <= panels.end; p += Isa::kTilePanels) {
-      run_panels<Isa, kBits, Isa::kTilePanels>(job, p, some);
+    if (some.end - some.begin == 1) {
+      run_all_panels<Isa, kBits, Isa::kPanelsOneToken, 1>(job, panels, some);
+    } else {
+      run_all_panels<Isa, kBits, Isa::kTilePanels, Isa::kTileTokens>(job, panels, some);
     }
-    for (; p < panels.end; ++p) run_panels<Isa, kBits, 1>(job, p, some);
   }
 }

@@ -28,13 +28,14 @@ __all__ = [
     "Source",
     "bos_id",
     "check",
+    "is_sampled",
     "load",
     "sample_from_model",
     "text_of",
 ]
 
-# The row that "auto" stands for: the best text that needs no network.
-AUTO = "stdlib"
+# The row that "auto" stands for: the best text that needs no network, by the table in docs/QUALITY.md.
+AUTO = "self"
 
 # Tokens read for each token needed where a source is huge, so that the seed has something to choose from.
 READ_AHEAD = 2
@@ -91,6 +92,11 @@ def check(cfg: CalibConfig, *, max_positions: int | None) -> None:
     source = _source(cfg.calib)
     if source.texts is not None and not any(has_text(text) for text in source.texts([])):
         raise ValueError(f"calibration text {source.describe()} is empty; give a file with text")
+
+
+def is_sampled(cfg: CalibConfig) -> bool:
+    """Whether the model itself will write the text, for which all its weights are in memory. Raises as check()."""
+    return _source(cfg.calib).texts is None
 
 
 def text_of(name_or_path: str, split: str = "test") -> str:

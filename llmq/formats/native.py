@@ -19,10 +19,13 @@ from llmq.config import QuantScheme
 from llmq.packing import pack_bits, packed_width, unpack_bits
 from llmq.qtensor import QTensor
 
+# The tensor that every quantized matrix has, and nothing else.
+CODES = "qweight"
+
 
 def pack(t: QTensor) -> dict[str, Tensor]:
     """QTensor -> {"qweight", "scales"[, "zeros"]}."""
-    out = {"qweight": pack_bits(t.q, t.scheme.bits), "scales": t.scale.clone()}
+    out = {CODES: pack_bits(t.q, t.scheme.bits), "scales": t.scale.clone()}
     if t.zero is not None:
         out["zeros"] = pack_bits(t.zero, t.scheme.bits)
     return out
@@ -32,7 +35,7 @@ def layout(n: int, k: int, scheme: QuantScheme) -> dict[str, tuple[tuple[int, in
     """Shape and dtype of each tensor of an N x K matrix."""
     groups = scheme.n_groups(k)
     out = {
-        "qweight": ((n, packed_width(k, scheme.bits)), torch.uint8),
+        CODES: ((n, packed_width(k, scheme.bits)), torch.uint8),
         "scales": ((n, groups), torch.float16),
     }
     if not scheme.sym:
@@ -58,4 +61,4 @@ def unpack(tensors: dict[str, Tensor], n: int, k: int, scheme: QuantScheme, *, n
     if not torch.isfinite(tensors["scales"]).all():
         raise ValueError(f"{name}: a scale is not finite; the file is damaged")
     zero = None if scheme.sym else unpack_bits(tensors["zeros"], scheme.bits, scheme.n_groups(k))
-    return QTensor(unpack_bits(tensors["qweight"], scheme.bits, k), tensors["scales"].clone(), zero, scheme)
+    return QTensor(unpack_bits(tensors[CODES], scheme.bits, k), tensors["scales"].clone(), zero, scheme)

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ except ImportError as error:
 __all__ = [
     "PackedWeight",
     "available_isas",
+    "compiled",
     "current_isa",
     "follow_torch",
     "layout",
@@ -194,6 +196,11 @@ class PackedWeight:
             zero=0 if zero is None else zero.data_ptr(),
         )
         return QTensor(q, scale, zero, self.scheme)
+
+
+def compiled() -> Any:
+    """The compiled module, for what is built on it; None without one, or where plain torch was chosen."""
+    return None if current_isa() == REFERENCE else _core
 
 
 def layout_version() -> int:

@@ -12,8 +12,8 @@ from torch import Tensor
 from llmq.config import QuantScheme, one_of
 from llmq.qtensor import QTensor
 
-# int8 activations share a scale over at most this many columns, by bits of a code; wider weight groups are cut into such
-# pieces. 8-bit weights are chosen for fidelity: with 128 the activations would cost more than they.
+# int8 activations share a scale over at most this many columns, by bits of a code; wider weight groups are cut into
+# such pieces. 8-bit weights are chosen for fidelity: with 128 the activations would cost more than they.
 MAX_GROUP = {2: 128, 3: 128, 4: 128, 8: 32}
 # A group whose largest magnitude is below this counts as zero: 127 / amax must stay finite.
 TINY_GROUP = 2.0**-100

@@ -94,19 +94,19 @@ _GEMMA2_PAIRS = (
     *_GEMMA3_PAIRS,
 )
 
-_QK_NORMS = {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+_QWEN3_NORMS = DecoderNames(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm")
 _GEMMA2_NORMS = DecoderNames(
     attention_post_norm="post_attention_layernorm",
     ffn_norm="pre_feedforward_layernorm",
     ffn_post_norm="post_feedforward_layernorm",
 )
-_GEMMA3_NORMS = replace(_GEMMA2_NORMS, **_QK_NORMS)
+_GEMMA3_NORMS = replace(_GEMMA2_NORMS, q_norm=_QWEN3_NORMS.q_norm, k_norm=_QWEN3_NORMS.k_norm)
 
 FAMILIES: tuple[ModelFamily, ...] = (
     ModelFamily("llama", ("llama",), native=DecoderNames()),
     ModelFamily("mistral", ("mistral",), native=DecoderNames(all_slide=True)),
     ModelFamily("qwen2", ("qwen2",), native=DecoderNames()),
-    ModelFamily("qwen3", ("qwen3",), native=DecoderNames(**_QK_NORMS)),
+    ModelFamily("qwen3", ("qwen3",), native=_QWEN3_NORMS),
     ModelFamily("gemma2", ("gemma2",), smooth_pairs=_GEMMA2_PAIRS, norm_offset=1.0, native=_GEMMA2_NORMS),
     ModelFamily("gemma3", ("gemma3_text",), smooth_pairs=_GEMMA3_PAIRS, norm_offset=1.0, native=_GEMMA3_NORMS),
     ModelFamily(

@@ -93,8 +93,8 @@ class LlmqQuantizer(HfQuantizer):
             for module in _matrices(model).values():
                 module.drop_buffers()
             patterns = {rf"^{re.escape(name)}\.(qweight|scales|zeros)$" for name in schemes}
-            known = set(model._keys_to_ignore_on_load_unexpected or ())
-            model.__dict__["_keys_to_ignore_on_load_unexpected"] = known | patterns
+            known: Any = model._keys_to_ignore_on_load_unexpected or ()
+            model.__dict__["_keys_to_ignore_on_load_unexpected"] = patterns.union(known)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:
         dtype = model.dtype

@@ -166,9 +166,10 @@ _DECODERS: weakref.WeakKeyDictionary[nn.Module, NativeDecoder] = weakref.WeakKey
 
 def core() -> Any:
     """The compiled module. Raises Unsupported where the kernels in use are not compiled ones."""
-    if kernels._core is None or kernels.current_isa() == kernels.REFERENCE:
+    module = kernels.compiled()
+    if module is None:
         raise Unsupported("the kernels in use are plain torch (LLMQ_ISA=reference, or no compiled module)")
-    return kernels._core
+    return module
 
 
 def _matrix_modules(model: nn.Module) -> list[nn.Module]:
@@ -207,11 +208,12 @@ class _Parts:
         self.vocab_size, self.hidden_size = int(config.vocab_size), int(config.hidden_size)
         self.max_positions = int(getattr(config, "max_position_embeddings", None) or 2**31 - 1)
         # Frequencies afresh: `model.to(dtype)` has rounded the module's own.
-        self.rotary: Any = type(self.decoder.rotary_emb)(config=config)
+        make_rotary: Any = type(self.decoder.rotary_emb)
+        self.rotary: Any = make_rotary(config=config)
 
     def spec(self) -> Any:
-        blocks = list(self.model.get_submodule(self.family.blocks))
-        attention: Any = blocks[0].self_attn
+        blocks: list[Any] = list(self.decoder.layers)
+        attention = blocks[0].self_attn
         spec = core().DecoderSpec()
         spec.hidden, spec.head_dim = self.hidden_size, int(attention.head_dim)
         spec.heads, spec.kv_heads = int(self.config.num_attention_heads), int(self.config.num_key_value_heads)

@@ -94,9 +94,9 @@ def save(files: Sequence[str], modules: dict[str, QuantizedMatrix]) -> Path | No
         assert isinstance(data, Tensor)
         places[name] = [at, data.numel()]
         at += -(-data.numel() // _ALIGNMENT) * _ALIGNMENT
-    head = {"origin": _origin(files, modules), "places": places, "nbytes": at, "start": 0}
-    head["start"] = -(-(len(json.dumps(head)) + 16) // _HEAD) * _HEAD
-    line = json.dumps(head).ljust(head["start"] - 1).encode("ascii") + b"\n"
+    head = {"origin": _origin(files, modules), "places": places, "nbytes": at}
+    start = -(-(len(json.dumps(head)) + 32) // _HEAD) * _HEAD
+    line = json.dumps({**head, "start": start}).ljust(start - 1).encode("ascii") + b"\n"
     for path in _places(Path(files[0]).parent):
         with contextlib.suppress(OSError):
             _write(path, line, packed.values())
