@@ -31,7 +31,7 @@ template <class Isa, class Load, int kTokens>
 LLMQ_INLINE void dot_tokens(const typename Load::Type* row, std::int64_t k, const float* x, std::int64_t x_stride,
                             float bias, float* out, std::int64_t out_stride) {
   constexpr int kLanes = Isa::kRows;
-  constexpr int kChains = kTokens > 1 ? 1 : 4;  // one token alone has no other sums to hide the latency behind
+  constexpr int kChains = 2;  // the same for one token and for many: the same order of additions, the same bits
   typename Isa::Floats sum[kTokens][kChains];
   LLMQ_UNROLL
   for (int t = 0; t < kTokens; ++t) {
