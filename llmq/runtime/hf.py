@@ -93,8 +93,10 @@ class LlmqQuantizer(HfQuantizer):
             for module in _matrices(model).values():
                 module.drop_buffers()
             patterns = {rf"^{re.escape(name)}\.(qweight|scales|zeros)$" for name in schemes}
-            known: Any = model._keys_to_ignore_on_load_unexpected or ()
-            model.__dict__["_keys_to_ignore_on_load_unexpected"] = patterns.union(known)
+            known: Any = model._keys_to_ignore_on_load_unexpected
+            # A set in newer transformers, a list or None in 5.0.
+            both = known | patterns if isinstance(known, set) else [*(known or ()), *patterns]
+            model.__dict__["_keys_to_ignore_on_load_unexpected"] = both
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:
         dtype = model.dtype
