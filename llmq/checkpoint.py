@@ -167,9 +167,18 @@ class CheckpointWriter:
             assert self.overwrite, "checked in the constructor"
             old = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.old-", dir=self.folder.parent))
             self.folder.replace(old / "folder")
+        for path in (self.partial, *self.partial.rglob("*")):
+            _usual_mode(path)
         self.partial.replace(self.folder)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
+
+
+def _usual_mode(path: Path) -> None:
+    """Who may read a published file is the user's umask's choice; temporary names are made for their owner alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def check_output(folder: Path, *, overwrite: bool, expected_bytes: int = 0, source: Path | None = None) -> None:

@@ -100,7 +100,7 @@ def test_the_vnni_kernels_pass_every_kernel_test_in_emulation(tmp_path: Path) ->
     )
     run("cmake", "--build", tmp_path / "build", "--target", "_core")
     command = (sys.executable, "-c", RUN_WITH_CORE, next((tmp_path / "build").glob("_core.*.so")))
-    options = ("-q", "-p", "no:cacheprovider", "-k", "vnni")
+    options = ("-q", "-p", "no:cacheprovider", "-k", "vnni", "-m", "not slow")
     tests = sorted((ROOT / "tests").glob("test_kernels*.py"))
     # An editable or plain installation is found anyway; running from the source tree needs the path.
     env = {"PYTHONPATH": str(Path(llmq.__file__).parent.parent), "OMP_NUM_THREADS": "1", "LLMQ_ISA": "avx512vnni"}

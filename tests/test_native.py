@@ -164,6 +164,18 @@ def test_outputs_agree_with_each_other(folders) -> None:
     assert torch.equal(decoder.logits(states), everything)
 
 
+def test_many_rows_of_logits_are_shared_out_to_threads(folders) -> None:
+    decoder = NativeDecoder.of(load(folders("gemma3")))
+    [row] = ids_of(500)
+    everything = decoder.forward([row], [decoder.new_sequence()], output="all")
+    kernels.set_num_threads(1)
+    try:
+        alone = decoder.forward([row], [decoder.new_sequence()], output="all")
+    finally:
+        kernels.set_num_threads(2)
+    assert torch.equal(everything, alone)
+
+
 def test_a_long_context_up_to_the_last_position(folders) -> None:
     model = load(folders("gemma3"))
     set_activation_bits(model, 16)

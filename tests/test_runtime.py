@@ -31,6 +31,15 @@ def folder(tiny_model, tmp_path_factory):
     return quantize_model(tiny_model("gemma3"), SCHEME, output=out, calib=calib).folder
 
 
+def test_a_published_folder_has_the_modes_of_any_other(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != ".llmq-packed":
+            assert path.stat().st_mode == (tmp_path / "file").stat().st_mode, path.name
+    (tmp_path / "plain").mkdir()
+    assert folder.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_qlinear_with_float_activations_is_the_dequantized_linear(bits):
     module, t = filled(QLinear, 20, 70, QuantScheme(bits, 32), bias=True, activation_bits=16)

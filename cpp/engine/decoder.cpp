@@ -337,7 +337,8 @@ void Decoder::feed_forward(const KernelTable& table, const Chunk& chunk, std::in
 
 void Decoder::logits(const KernelTable& table, const float* states, std::int64_t rows, bool float_activations,
                      float* out) const {
-  static thread_local InputBuffer buffer;
+  static thread_local InputBuffer own;
+  InputBuffer& buffer = own;  // by reference: the lambda below runs in threads that have an `own` of their own
   const std::int64_t h = spec_.hidden, vocabulary = spec_.head.n;
   const Inputs& in = buffer.prepare(rows, h, {&spec_.head}, float_activations);
   for_rows(rows, h, [&](std::int64_t r) noexcept {

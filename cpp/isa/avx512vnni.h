@@ -15,10 +15,14 @@ namespace {
 
 struct Isa {
   static constexpr int kRows = 16;
-  // 24 sums, 2 codes and the constants of 32 registers; the activations are broadcast from memory.
   static constexpr int kPanelsOneToken = 2;
+  // 24 sums, 2 codes and the constants of 32 registers; the activations are broadcast from memory.
   static constexpr int kTilePanels = 2;
+#if defined(LLMQ_EMULATE_VNNI)
+  static constexpr int kTileTokens = 3;  // the same code in fewer sizes
+#else
   static constexpr int kTileTokens = 12;
+#endif
 
   using Bytes = __m512i;
   using Ints = __m512i;

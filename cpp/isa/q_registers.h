@@ -55,9 +55,7 @@ struct Isa {
   static Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
   static Floats fma(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
   static Floats load(const float* p) { return vld1q_f32(p); }
-  static Floats brains_to_floats(const std::uint16_t* p) {
-    return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16));
-  }
+  static Floats brains_to_floats(const std::uint16_t* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
   static void store_halves(std::uint16_t* p, Floats a) { vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32(a))); }
   static void store(float* out, Floats a) { vst1q_f32(out, a); }
 };
