@@ -62,8 +62,7 @@ def test_exp_sum_is_near_the_twin(size):
     assert total == pytest.approx(float(out.double().sum()), rel=size * 2**-24)
 
 
-@pytest.mark.usefixtures("isa")
-def test_exp_sum_is_the_same_bits_everywhere():
+def test_exp_sum_is_the_same_bits_everywhere(isa):  # noqa: F811
     x, out, first = logits_of(5000, 20.0), torch.empty(5000), torch.empty(5000)
     shift = float(x.max())
     total = core.exp_sum(x=x.data_ptr(), n=5000, shift=shift, scale=1.0, out=out.data_ptr())
