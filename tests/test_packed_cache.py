@@ -100,7 +100,7 @@ def test_damage_inside_a_matrix_header_is_an_error_not_a_crash(folder: Path) -> 
     file = folder / NAME
     content = bytearray(file.read_bytes())
     start = json.loads(content.split(b"\n", 1)[0])["start"]
-    content[start : start + 4] = b"XXXX"
+    content[start : start + 4] = b"none"
     file.write_bytes(content)
     with pytest.raises(ValueError, match="does not start with 'LQ16'"):
         digests(load(folder))

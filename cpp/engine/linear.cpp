@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "engine/matrix.h"
 #include "engine/thread_pool.h"
 
 namespace llmq {
@@ -17,9 +18,6 @@ namespace {
 constexpr std::int64_t kAloneWork = 1 << 17;
 // Chunks a thread, so that one that is late or slow leaves its share to the others.
 constexpr std::int64_t kChunksPerThread = 8;
-// Quantized activations of a token block: half of a common level 2 cache (512 KiB).
-constexpr std::int64_t kTokenBlockBytes = 192 << 10;
-constexpr std::int64_t kTokenBlockMultiple = 24;  // of every ISA's tile: blocks then leave no remainder
 constexpr std::int64_t kColumnPadding = 64;
 
 // Memory that a thread keeps from call to call and only ever enlarges.
@@ -59,12 +57,6 @@ void quantize(const KernelTable& table, const float* x, std::int64_t m, const Pa
   parallel_for(ceil_div(m, per_chunk), [&](std::int64_t c) noexcept {
     table.quantize_rows(x, {c * per_chunk, std::min(m, (c + 1) * per_chunk)}, w.k, w.group, rows);
   });
-}
-
-// Tokens whose quantized activations stay in a core's own cache while the panels of a chunk pass by.
-std::int64_t token_block(std::int64_t m, std::int64_t stride) {
-  const std::int64_t fit = kTokenBlockBytes / stride / kTokenBlockMultiple * kTokenBlockMultiple;
-  return std::min(m, std::max(fit, kTokenBlockMultiple));
 }
 
 }  // namespace
