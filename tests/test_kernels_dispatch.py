@@ -80,11 +80,15 @@ def test_a_thread_number_in_the_environment_is_checked(text: str, monkeypatch: p
         kernels._default_threads()
 
 
-def test_the_default_is_one_thread_a_core_within_the_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("torch_threads", "expected"), [(8, 3), (2, 2)])
+def test_the_default_is_torchs_threads_but_at_most_one_a_core_within_the_affinity(
+    torch_threads: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: torch_threads)
     monkeypatch.delenv("LLMQ_NUM_THREADS", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 6}, raising=False)
     monkeypatch.setattr(kernels, "_siblings", lambda cpu: f"{cpu // 2 * 2}-{cpu // 2 * 2 + 1}")
-    assert kernels._default_threads() == 3
+    assert kernels._default_threads() == expected
 
 
 # CPUID words with every bit that a feature asks for.
