@@ -31,6 +31,14 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restore the number of threads."""
+    before = kernels.num_threads()
+    yield
+    kernels.set_num_threads(before)
+
+
 def seeded(*key: object) -> torch.Generator:
     """The same numbers for the same case in every run."""
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))

@@ -6,24 +6,25 @@ order), so most checks here are equalities. The reference itself is held against
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
-from kernel_cases import COMPILED, ISAS, SCHEMES, assert_same, core, integer_qtensor, isa, random_qtensor, seeded  # noqa: F401 - a fixture
+from kernel_cases import (  # noqa: F401 - fixtures
+    COMPILED,
+    ISAS,
+    SCHEMES,
+    assert_same,
+    core,
+    integer_qtensor,
+    isa,
+    random_qtensor,
+    seeded,
+    threads,
+)
 
 from llmq import kernels
 from llmq.config import BITS, QuantScheme
 from llmq.kernels import reference
 from llmq.qtensor import QTensor, expand_groups
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Restore the number of threads."""
-    before = kernels.num_threads()
-    yield
-    kernels.set_num_threads(before)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

@@ -8,11 +8,10 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_cases import assert_same, random_qtensor, seeded
+from kernel_cases import assert_same, random_qtensor, seeded, threads  # noqa: F401 - fixtures
 from torch import Tensor
 
 import llmq
@@ -24,14 +23,6 @@ core = pytest.importorskip("llmq._core", reason="llmq was installed without its 
 
 ISAS = kernels.available_isas()
 COMPILED = ISAS[:-1]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Restore the number of threads."""
-    before = kernels.num_threads()
-    yield
-    kernels.set_num_threads(before)
 
 
 def test_the_list_of_kernel_sets_ends_with_the_ones_that_always_run() -> None:
