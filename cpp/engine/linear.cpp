@@ -16,8 +16,6 @@ namespace {
 
 // Multiply-adds below which a second thread costs more than it saves (about 2 us of work).
 constexpr std::int64_t kAloneWork = 1 << 17;
-// Chunks a thread, so that one that is late or slow leaves its share to the others.
-constexpr std::int64_t kChunksPerThread = 8;
 constexpr std::int64_t kColumnPadding = 64;
 
 // Memory that a thread keeps from call to call and only ever enlarges.
@@ -64,24 +62,12 @@ void quantize(const KernelTable& table, const float* x, std::int64_t m, const Pa
 void qgemm(const KernelTable& table, const Layout& layout, const PackedMatrix& w, const float* x, std::int64_t m,
            const float* bias, float* out) {
   if (m == 0) return;
-  const auto kernel = table.qgemm[slot_of(layout.bits)];
-  const Qgemm job{.w = w, .x = scratch_rows(m, w), .bias = bias, .out = out, .out_stride = w.n};
-  quantize(table, x, m, w, job.x);
-  const std::int64_t panels = layout.panels();
-  if (num_threads() == 1 || m * w.n * w.k < kAloneWork) {
-    const std::int64_t block = token_block(m, job.x.stride);
-    for (std::int64_t t = 0; t < m; t += block) kernel(job, {0, panels}, {t, std::min(m, t + block)});
-    return;
-  }
-  const std::int64_t tokens = token_block(m, job.x.stride), token_blocks = ceil_div(m, tokens);
-  const std::int64_t wanted = ceil_div(num_threads() * kChunksPerThread, token_blocks);
-  const std::int64_t rows =
-      ceil_div(ceil_div(panels, wanted), 2) * 2;  // pairs of panels: some tiles are two panels wide
-  const std::int64_t row_blocks = ceil_div(panels, rows);
-  parallel_for(row_blocks * token_blocks, [&](std::int64_t c) noexcept {
-    const std::int64_t p = c % row_blocks * rows, t = c / row_blocks * tokens;
-    kernel(job, {p, std::min(panels, p + rows)}, {t, std::min(m, t + tokens)});
-  });
+  const Matrix matrix = Matrix::of_packed(layout, w, bias);
+  Inputs in;
+  in.x = x, in.m = m, in.k = w.k, in.count = 1;
+  in.width[0] = w.group, in.quantized[0] = scratch_rows(m, w);
+  quantize(table, x, m, w, in.quantized[0]);
+  multiply(table, in, {{&matrix, out, w.n}}, false);
 }
 
 void take_rows(const KernelTable& table, const Layout& layout, const PackedMatrix& w, const std::int64_t* ids,
