@@ -116,45 +116,48 @@ class NativeCausalLM:
         criteria.append(StopStrings(strings, tokenizer))
         return criteria
 
-    def _sample(
-        self,
-        input_ids: Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        streamer: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        lists = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-        rest = {"generation_config": generation_config, "streamer": streamer}
-        try:
-            run = generation.Run(self._decoder(), input_ids, **lists, **rest, arguments=kwargs)
-        except Unsupported as reason:
-            say_once(f"generate: {reason}; transformers' own loop runs instead of the native one")
-            return super()._sample(input_ids, **lists, **rest, **kwargs)  # type: ignore[misc]
-        return run.generate(generation.sample)
+    def _sample(self, input_ids: Tensor, **arguments: Any) -> Any:
+        run = self._native_run(input_ids, **arguments)
+        return super()._sample(input_ids, **arguments) if run is None else run.generate(generation.sample)  # type: ignore[misc]
 
-    def _assisted_decoding(
+    def _assisted_decoding(self, input_ids: Tensor, **arguments: Any) -> Any:
+        reason = None
+        if arguments.get("assistant_model") is not None or not arguments["generation_config"].prompt_lookup_num_tokens:
+            reason = "assisted decoding with a model"
+        elif input_ids.shape[0] > 1:
+            reason = f"prompt lookup of {input_ids.shape[0]} rows"
+        run = self._native_run(input_ids, reason, **arguments)
+        if run is None:
+            return super()._assisted_decoding(input_ids, **arguments)  # type: ignore[misc]
+        return run.generate(generation.look_up)
+
+    def _native_run(
         self,
         input_ids: Tensor,
+        reason: str | None = None,
+        *,
         logits_processor: Any,
         stopping_criteria: Any,
         generation_config: Any,
         streamer: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        lists = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-        rest = {"generation_config": generation_config, "streamer": streamer}
+        **arguments: Any,
+    ) -> generation.Run | None:
+        """A run of the native loop, or None, said once, for ``reason`` or where the loop or the decoder refuses."""
         try:
-            if kwargs.get("assistant_model") is not None or not generation_config.prompt_lookup_num_tokens:
-                raise Unsupported("assisted decoding with a model")
-            if input_ids.shape[0] > 1:
-                raise Unsupported(f"prompt lookup of {input_ids.shape[0]} rows")
-            run = generation.Run(self._decoder(), input_ids, **lists, **rest, arguments=kwargs)
-        except Unsupported as reason:
-            say_once(f"generate: {reason}; transformers' own loop runs instead of the native one")
-            return super()._assisted_decoding(input_ids, **lists, **rest, **kwargs)  # type: ignore[misc]
-        return run.generate(generation.look_up)
+            if reason:
+                raise Unsupported(reason)
+            return generation.Run(
+                self._decoder(),
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                streamer=streamer,
+                arguments=arguments,
+            )
+        except Unsupported as refusal:
+            say_once(f"generate: {refusal}; transformers' own loop runs instead of the native one")
+            return None
 
     def _beam_search(self, input_ids: Tensor, **kwargs: Any) -> Any:
         beams = kwargs["generation_config"].num_beams
