@@ -8,12 +8,11 @@ KL on the same tokens tells two quantizations apart where their perplexities do 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmq.evaluation import build_parser, check_output, exit_code, run
+from llmq.evaluation import build_parser, check_plot, exit_code, run
 from llmq.score import Score
 
 WORST = 5
@@ -27,17 +26,6 @@ def worst_windows(result: Score, count: int = WORST) -> str:
     order = kl.argsort(descending=True).tolist()[:count]
     lines = [f"  window {i:<5} KL {float(kl[i]):.5f}   top-1 {100 * float(agree[i]):.2f} %" for i in order]
     return "\n".join(["worst windows", *lines])
-
-
-def check_plot(path: Path | None) -> None:
-    """Raise ImportError if there is no matplotlib, ValueError or FileNotFoundError if ``path`` cannot be written."""
-    if path is None:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot needs matplotlib, which is not installed; pip install 'llmq[plot]'")
-    if path.suffix != ".png":
-        raise ValueError(f"--plot writes PNG; {path.name} does not end in .png")
-    check_output(path)
 
 
 def plot(result: Score, path: Path) -> None:

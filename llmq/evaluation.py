@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import math
 import platform
@@ -285,6 +286,17 @@ def check_output(path: Path | None) -> None:
         raise ValueError(f"{path} is a folder; name a file to write to")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"the folder {path.absolute().parent} does not exist; create it or write elsewhere")
+
+
+def check_plot(path: Path | None) -> None:
+    """Raise ImportError, ValueError or FileNotFoundError if ``path`` cannot be drawn to; before the long work."""
+    if path is None:
+        return
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("--plot needs matplotlib, which is not installed; pip install 'llmq[plot]'")
+    if path.suffix != ".png":
+        raise ValueError(f"--plot writes PNG; {path.name} does not end in .png")
+    check_output(path)
 
 
 def prepare(args: argparse.Namespace) -> tuple[list[Subject], str, EvalProtocol]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.util
 import json
 import statistics
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from llmq.bench.drivers import EngineFailed, Plan, measure
 from llmq.bench.engines import DEFAULT, ENGINES, Engine, Program, Source, file_name, made, select
 from llmq.bench.roofline import Footprint, Work, footprint
 from llmq.config import cache_folder
-from llmq.evaluation import check_output, exit_code, to_stderr
+from llmq.evaluation import check_output, check_plot, exit_code, to_stderr
 from llmq.models.load import open_model
 from llmq.models.resolve import resolve
 
@@ -100,17 +99,6 @@ def plan_of(args: argparse.Namespace) -> Plan:
 def programs_of(text: str) -> tuple[Program, ...]:
     """The programs of ``--llama-bench``, separated by commas."""
     return tuple(Program.parse(part) for part in text.split(",")) if text else ()
-
-
-def check_plot(path: Path | None) -> None:
-    """Raise ImportError, ValueError or FileNotFoundError if ``path`` cannot be drawn to; before the long work."""
-    if path is None:
-        return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("--plot needs matplotlib, which is not installed; pip install 'llmq[plot]'")
-    if path.suffix != ".png":
-        raise ValueError(f"--plot writes PNG; {path.name} does not end in .png")
-    check_output(path)
 
 
 def present(args: argparse.Namespace, programs: tuple[Program, ...]) -> tuple[dict[str, Engine], dict[str, str]]:
