@@ -483,13 +483,10 @@ def test_bad_input_exits_with_2(
     assert re.search("error: .*" + message, capsys.readouterr().err)
 
 
-def test_the_plot_without_matplotlib(
-    script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    kl = script("kl")
-    monkeypatch.setattr(kl.importlib.util, "find_spec", lambda _: None)
+def test_the_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ImportError, match=r"--plot needs matplotlib.*llmq\[plot\]"):
-        kl.check_plot(tmp_path / "x.png")
+        evaluation.check_plot(tmp_path / "x.png")
 
 
 def test_the_time_left_is_that_of_the_windows_to_come(
