@@ -18,7 +18,18 @@ from llmq.models.load import SourceModel, materialize, open_model
 from llmq.models.resolve import resolve
 from llmq.plan import Matrix, Plan, check_memory, kept_dtype, make_plan
 from llmq.qtensor import QTensor
-from llmq.report import Log, block_line, build_report, duration, model_card, plan_table, silent, summary, versions
+from llmq.report import (
+    Log,
+    block_line,
+    build_report,
+    duration,
+    model_card,
+    peak_rss,
+    plan_table,
+    silent,
+    summary,
+    versions,
+)
 from llmq.solvers import METHODS, SOLVERS, Method, Problem, SolverOptions, rtn
 from llmq.solvers.awq import transform_block
 from llmq.solvers.hessian import InputStats, relative_error
@@ -158,6 +169,7 @@ def _run(
     report["check"] = check_folder(writer.partial, job.plan, job.digests, probe, job.source.block_names)
     lap("check", now)
     seconds["total"] = round(time.perf_counter() - start, 2)
+    report["peak_rss_bytes"] = peak_rss()
     writer.update_report(report)
     writer.publish()
     text = summary(writer.folder, job.plan, report)

@@ -22,6 +22,8 @@ from llmq.runtime.qlinear import QEmbedding, QLinear, QuantizedMatrix, TiedHead
 OUTPUTS = {"last": 0, "all": 1, "states": 2}
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}
 DENSE_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+# Rows of a dense matrix looked at at once: a head of 262144 rows is never in memory a third time.
+DENSE_ROWS = 4096
 KV_DTYPES = (torch.float16, torch.float32)
 # Rope types whose frequencies do not depend on the length of the text.
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -202,6 +204,7 @@ class _Parts:
             raise Unsupported(f"model type {config.model_type!r} has no native decoder (there is one for: {known})")
         self.model, self.family, self.names, self.config = model, family, family.native, config
         self.kept: list[Tensor] = []
+        self._dense_at: dict[int, Tensor] = {}
         self.modules = _matrix_modules(model)
         self.activation_bits = _activation_bits(self.modules)
         self.decoder: Any = model.get_submodule(family.decoder)
@@ -298,13 +301,29 @@ class _Parts:
         return self._dense(module.weight.detach(), bias_at)
 
     def _dense(self, weight: Tensor, bias_at: int) -> Any:
-        """A matrix as it is, or in 16 bits where that loses nothing."""
-        if not weight.isfinite().all():
-            raise ValueError(f"a matrix {tuple(weight.shape)} holds NaN or infinity: the checkpoint is damaged")
-        if weight.dtype == torch.float32:
-            for dtype in (torch.bfloat16, torch.float16):
-                if torch.equal(weight.to(dtype).float(), weight):
-                    weight = weight.to(dtype)
-                    break
+        """A matrix as it is, or in 16 bits where that loses nothing; an embedding that is also the head, once."""
+        at = weight.data_ptr()
+        if at not in self._dense_at:
+            self._dense_at[at] = self._in_its_least_type(weight)
+        weight = self._dense_at[at]
         n, k = weight.shape
         return core().Matrix.dense(data=self._keep(weight), n=n, k=k, type=DENSE_TYPES[weight.dtype], bias=bias_at)
+
+    @staticmethod
+    def _in_its_least_type(weight: Tensor) -> Tensor:
+        if not all(part.isfinite().all() for part in weight.split(DENSE_ROWS)):
+            raise ValueError(f"a matrix {tuple(weight.shape)} holds NaN or infinity: the checkpoint is damaged")
+        if weight.dtype == torch.float32:
+            return next((low for t in DENSE_TYPES if (low := _exact_copy(weight, t)) is not None), weight)
+        return weight
+
+
+def _exact_copy(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """``weight`` f32[N, K] in a 16-bit type; None when that would change a number."""
+    if dtype.itemsize != 2:
+        return None
+    copy = torch.empty(weight.shape, dtype=dtype)
+    for part, whole in zip(copy.split(DENSE_ROWS), weight.split(DENSE_ROWS), strict=True):
+        if not torch.equal(part.copy_(whole).float(), whole):
+            return None
+    return copy
