@@ -17,6 +17,7 @@ from typing import Any
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 32, 64, 128, 256)
 HEAD_BITS = (16, 8, 4)
+KV_BITS = (16, 8, 4, 2)
 
 
 def cache_folder() -> Path:
@@ -139,6 +140,54 @@ class CalibConfig:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
         if self.seqlen < 8:
             raise ValueError(f"seqlen is {self.seqlen}; a window needs at least 8 tokens to hold any context")
+
+
+@dataclass(frozen=True)
+class KVCacheConfig:
+    """Precision of cached keys and values; 16 bits is the unquantized cache.
+
+    ``layers`` overrides the bits of single layers, one text a layer (``k8v4``); empty: every layer has the same.
+    """
+
+    k_bits: int = option(16, "bits of a cached key", choices=KV_BITS)
+    v_bits: int = option(16, "bits of a cached value", choices=KV_BITS)
+    rotate: bool = option(True, "rotate keys (and queries) by a Hadamard matrix a head below 8 bits; flattens outliers")
+    sinks: int = option(4, "first tokens of a text that stay in 16 bits; attention leans on them")
+    recent: int = option(64, "last tokens of a text that stay in 16 bits")
+    layers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        one_of("k_bits", self.k_bits, KV_BITS)
+        one_of("v_bits", self.v_bits, KV_BITS)
+        for name in ("sinks", "recent"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it counts tokens: 0 or more")
+        for text in self.layers:
+            _kv_bits(text)
+
+    def of_layer(self, layer: int) -> tuple[int, int]:
+        """(k_bits, v_bits) of a layer."""
+        return _kv_bits(self.layers[layer]) if self.layers else (self.k_bits, self.v_bits)
+
+    def __str__(self) -> str:
+        """``8`` when keys and values have the same bits, else ``k8v4``."""
+        return str(self.k_bits) if self.k_bits == self.v_bits else f"k{self.k_bits}v{self.v_bits}"
+
+    @classmethod
+    def parse(cls, text: str) -> KVCacheConfig:
+        """The configuration called ``16``, ``8``, ``4``, ``2`` or ``k8v4``. Raises ValueError naming what is known."""
+        k_bits, v_bits = _kv_bits(text)
+        return cls(k_bits, v_bits)
+
+
+def _kv_bits(text: str) -> tuple[int, int]:
+    m = re.fullmatch(r"(\d+)|k(\d+)v(\d+)", text)
+    if not m:
+        raise ValueError(f"kv bits {text!r} are not of the form <bits> or k<bits>v<bits>, as in 8 or k8v4")
+    bits = (int(m[1]), int(m[1])) if m[1] else (int(m[2]), int(m[3]))
+    for b in bits:
+        one_of("kv bits", b, KV_BITS)
+    return bits
 
 
 def replace(options: Any, **changes: Any) -> Any:

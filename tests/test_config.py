@@ -1,6 +1,6 @@
 import pytest
 
-from llmq.config import BITS, GROUP_SIZES, AWQConfig, CalibConfig, GPTQConfig, QuantScheme, one_of
+from llmq.config import BITS, GROUP_SIZES, AWQConfig, CalibConfig, GPTQConfig, KVCacheConfig, QuantScheme, one_of
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -40,3 +40,22 @@ def test_groups_cover_every_column_once(group_size, in_features, widths):
 def test_errors_name_value_and_way_out(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(("text", "bits"), [("8", (8, 8)), ("k8v4", (8, 4)), ("16", (16, 16)), ("k4v2", (4, 2))])
+def test_kv_bits_read_as_they_print(text: str, bits: tuple[int, int]) -> None:
+    cfg = KVCacheConfig.parse(text)
+    assert ((cfg.k_bits, cfg.v_bits), str(cfg)) == (bits, text)
+
+
+def test_kv_bits_of_a_layer() -> None:
+    cfg = KVCacheConfig(8, 8, layers=("k8v4", "4"))
+    assert [cfg.of_layer(i) for i in range(2)] == [(8, 4), (4, 4)]
+
+
+@pytest.mark.parametrize(("text", "message"), [("5", "known: 16, 8, 4, 2"), ("v4", "form <bits> or k<bits>v<bits>")])
+def test_kv_bits_that_do_not_exist(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KVCacheConfig.parse(text)
+    with pytest.raises(ValueError, match=message):
+        KVCacheConfig(layers=(text,))
