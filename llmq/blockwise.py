@@ -143,6 +143,14 @@ def _run_to_stop(decoder: nn.Module, ids: Tensor) -> None:
     raise AssertionError("the decoder returned without running its blocks")
 
 
+@dataclass(frozen=True)
+class Observed:
+    """Input statistics of a group: what is fitted to, and windows held out to judge it (None: nothing was held out)."""
+
+    train: InputStats
+    held: InputStats | None = None
+
+
 class BlockRunner:
     """Runs one block over all calibration windows.
 
@@ -175,30 +183,48 @@ class BlockRunner:
         with answering(self.block.get_submodule(tail.submodule), lambda *_args, **_kwargs: tail.answer(output)):
             return self.run(0)
 
-    @torch.no_grad()
-    def observe(self, group: Sequence[str]) -> InputStats:
-        """Input statistics of a group of linears that share their input, up to which the block is run."""
-        linear = self.block.get_submodule(group[0])
-        assert isinstance(linear, nn.Linear)
-        stats = InputStats(linear.in_features)
-        tokens = sum(h.shape[1] for h in self.hidden)
-        keep = len(group) == 1 and group[0] in self.tails and tokens * linear.in_features * 4 <= MEMO_BYTES
-        self._kept = []
+    def input_of(self, name: str, i: int) -> Tensor:
+        """What reaches the linear ``name`` for window i, f32[1, seqlen, in_features]; the block is run up to there."""
+        heard: list[Tensor] = []
 
         def hear(x: Tensor) -> None:
-            stats.add(x)
-            if keep:
-                self._kept.append(x.detach())
+            heard.append(x.detach())
             raise _StopForwardError
 
-        with listening(linear, hear):
-            for i in range(len(self.hidden)):
-                try:
-                    self.run(i)
-                except _StopForwardError:
-                    continue
-                raise AssertionError(f"{group[0]} was not called")
-        return stats
+        with listening(self.block.get_submodule(name), hear):
+            try:
+                self.run(i)
+            except _StopForwardError:
+                return heard[0]
+        raise AssertionError(f"{name} was not called")
+
+    @torch.no_grad()
+    def observe(self, group: Sequence[str], teacher: BlockRunner | None = None, n_held: int = 0) -> Observed:
+        """Input statistics of a group of linears that share their input, up to which the block is run.
+
+        Args:
+            group: the linears.
+            teacher: the original block on the original model's hidden states; its inputs are paired with this one's.
+            n_held: the last windows, whose statistics are kept apart.
+        """
+        linear = self.block.get_submodule(group[0])
+        assert isinstance(linear, nn.Linear)
+        n, paired = len(self.hidden), teacher is not None
+        train = InputStats(linear.in_features, paired=paired)
+        held = InputStats(linear.in_features, paired=paired) if n_held else None
+        both = (self,) if teacher is None else (self, teacher)
+        tokens = sum(h.shape[1] for h in self.hidden)
+        fits = tokens * linear.in_features * 4 * len(both) <= MEMO_BYTES
+        keep = fits and len(group) == 1 and group[0] in self.tails
+        for runner in both:
+            runner._kept = []
+        for i in range(n):
+            inputs = [runner.input_of(group[0], i) for runner in both]
+            (train if held is None or i < n - n_held else held).add(*inputs)
+            if keep:
+                for runner, x in zip(both, inputs, strict=True):
+                    runner._kept.append(x)
+        return Observed(train, held)
 
     @torch.no_grad()
     def observe_all(self, groups: Sequence[Sequence[str]]) -> dict[str, InputStats]:

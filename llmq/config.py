@@ -112,6 +112,28 @@ class GPTQConfig:
             raise ValueError(f"grid_steps is {self.grid_steps}; use 0 (min-max) to 1000 (usual: 20)")
 
 
+STEPS = ("target", "refit", "descent")
+PRESETS: dict[str, tuple[str, ...]] = {"fast": (), "balanced": ("target", "refit", "descent")}
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """What is done around GPTQ, see ``llmq.solvers.recipe``; ``only`` names the steps one by one."""
+
+    preset: str = option("balanced", "steps around GPTQ: fast is plain GPTQ", choices=tuple(PRESETS))
+    only: str = option("", "just these steps, comma-separated (target, refit, descent), instead of the preset's")
+
+    def __post_init__(self) -> None:
+        one_of("preset", self.preset, PRESETS)
+        for step in self.steps:
+            one_of("a step", step, STEPS)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Names of the steps that are tried."""
+        return tuple(s for s in self.only.split(",") if s) if self.only else PRESETS[self.preset]
+
+
 @dataclass(frozen=True)
 class AWQConfig:
     """AWQ (Lin et al. 2023, arXiv 2306.00978): activation-aware scaling, then clipping."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from llmq import calibration, kernels
-from llmq.blockwise import BlockCall, BlockRunner, Tail, block_inputs, verified_tails
+from llmq.blockwise import BlockCall, BlockRunner, Observed, Tail, block_inputs, verified_tails
 from llmq.checkpoint import CheckpointWriter, check_output, matrix_tensors, quantization_config
-from llmq.config import HEAD_BITS, AWQConfig, CalibConfig, GPTQConfig, QuantScheme, one_of
+from llmq.config import HEAD_BITS, AWQConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig, one_of
 from llmq.models.load import SourceModel, materialize, open_model
 from llmq.models.resolve import resolve
 from llmq.plan import Matrix, Plan, check_memory, kept_dtype, make_plan
@@ -26,6 +27,7 @@ from llmq.report import (
     model_card,
     peak_rss,
     plan_table,
+    release_memory,
     silent,
     summary,
     versions,
@@ -38,6 +40,8 @@ from llmq.verify import check_folder
 DEVICES = ("cpu",)
 # Rows of an embedding or head that are in memory in fp32 at once.
 TABLE_ROWS = 8192
+# One window in so many is held out to judge the recipe's steps.
+HELD_SHARE = 8
 # Clipping ranges tried for an embedding or head below 8 bits.
 TABLE_GRID_STEPS = 20
 
@@ -64,6 +68,7 @@ class _Job:
     n_windows: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
     folds: list[dict[str, Any]] = field(default_factory=list)
+    originals: list[Tensor] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
 
 
@@ -76,6 +81,7 @@ def quantize_model(
     calib: CalibConfig | None = None,
     gptq: GPTQConfig | None = None,
     awq: AWQConfig | None = None,
+    recipe: RecipeConfig | None = None,
     head_bits: int = 8,
     overwrite: bool = False,
     device: str = "cpu",
@@ -90,6 +96,7 @@ def quantize_model(
         method: a row of ``llmq.solvers.METHODS``.
         calib: calibration text; default: what works without a network.
         gptq, awq: options of the solvers.
+        recipe: what is done around GPTQ to lose less.
         head_bits: bits of token embedding and head: 16, 8 or 4.
         overwrite: replace ``output`` if it is a model folder.
         device: where to compute; ``cpu``.
@@ -100,7 +107,7 @@ def quantize_model(
         OSError: the disk filled up; nothing is left behind.
     """
     scheme, calib, log = scheme or QuantScheme(), calib or CalibConfig(), log or silent
-    options = SolverOptions(gptq or GPTQConfig(), awq or AWQConfig())
+    options = SolverOptions(gptq or GPTQConfig(), awq or AWQConfig(), recipe or RecipeConfig())
     one_of("method", method, METHODS)
     one_of("head_bits", head_bits, HEAD_BITS)
     one_of("device", device, DEVICES)
@@ -166,6 +173,7 @@ def _run(
     )
     writer.finish(job.source.folder, config, report, model_card(job.plan, report, writer.folder.name))
     job.log("reading the folder back")
+    release_memory()
     report["check"] = check_folder(writer.partial, job.plan, job.digests, probe, job.source.block_names)
     lap("check", now)
     seconds["total"] = round(time.perf_counter() - start, 2)
@@ -228,6 +236,8 @@ def _quantize_blocks(job: _Job, writer: CheckpointWriter, tokens: Tensor | None)
         cut = min(64, tokens.shape[1])
         probe = Probe(tokens[:1, :cut], hidden[0][:, :cut].clone(), torch.empty(0))
     start = time.perf_counter()
+    # What the original model feeds its blocks, in step with ``hidden``; needed only to repair earlier layers' errors.
+    originals = list(hidden) if _repairs(job) else []
     for i, name in enumerate(names):
         began = time.perf_counter()
         with materialize(source.block(i), name, source.reader) as block:
@@ -236,7 +246,7 @@ def _quantize_blocks(job: _Job, writer: CheckpointWriter, tokens: Tensor | None)
                 runner = BlockRunner(block, calls[i], hidden, {})
                 tails = verified_tails(runner, source.family) if tails is None else tails
                 runner.tails = tails
-            tensors, errors = _quantize_block(job, name, block, runner)
+            tensors, errors = _quantize_block(job, name, block, runner, originals)
         writer.write_shard(tensors)
         now = time.perf_counter()
         n_tokens = tokens.numel() if tokens is not None else 0
@@ -246,12 +256,24 @@ def _quantize_blocks(job: _Job, writer: CheckpointWriter, tokens: Tensor | None)
     return probe
 
 
+def _repairs(job: _Job) -> bool:
+    gptq = job.options.gptq
+    return job.method.solver == "gptq" and gptq.true_sequential and "target" in job.options.recipe.steps
+
+
+def _n_held(job: _Job) -> int:
+    """Windows held out to judge the steps; the last ones."""
+    judged = job.method.solver == "gptq" and job.options.gptq.true_sequential and job.options.recipe.steps
+    return max(1, job.n_windows // HELD_SHARE) if judged and job.n_windows > 1 else 0
+
+
 def _quantize_block(
-    job: _Job, name: str, block: nn.Module, runner: BlockRunner | None
+    job: _Job, name: str, block: nn.Module, runner: BlockRunner | None, originals: list[Tensor]
 ) -> tuple[dict[str, Tensor], list[float]]:
     """(tensors of the block's shard by full name, relative errors of its linears). Advances ``runner``."""
     groups = [g for g in job.source.family.linear_groups if set(g) <= set(job.source.block_linears(0))]
     shared: dict[str, InputStats] = {}
+    teacher = None
     if runner is not None and job.method.awq:
         folds = transform_block(
             block,
@@ -262,25 +284,29 @@ def _quantize_block(
             lambda: runner.run(0),
         )
         job.folds += [{"block": name, **fold.to_dict()} for fold in folds]
+    if runner is not None and originals:
+        teacher = BlockRunner(copy.deepcopy(block), runner.call, originals, runner.tails)
     if runner is not None and not job.options.gptq.true_sequential:
         shared = runner.observe_all(groups)
     tensors: dict[str, Tensor] = {}
     errors = []
     for group in groups:
-        stats = None
+        observed = None
         if runner is not None:
-            stats = shared[group[0]] if shared else runner.observe(group)
+            observed = Observed(shared[group[0]]) if shared else runner.observe(group, teacher, _n_held(job))
         for linear_name in group:
             linear = block.get_submodule(linear_name)
             assert isinstance(linear, nn.Linear)
             full = f"{name}.{linear_name}"
-            solved, row = _solve(job, full, linear_name, linear.weight, stats)
+            solved, row = _solve(job, full, linear_name, linear.weight, observed)
             tensors.update({f"{full}.{key}": value for key, value in matrix_tensors(solved).items()})
             errors += [row["error"]] if row["error"] is not None else []
-        if runner is not None:
-            runner.settle(group)
-    if runner is not None:
-        runner.advance()
+        for r in (runner, teacher):
+            if r is not None:
+                r.settle(group)
+    for r in (runner, teacher):
+        if r is not None:
+            r.advance()
     quantized = {f"{linear}.weight" for group in groups for linear in group}
     for key, parameter in block.named_parameters():
         if key not in quantized:
@@ -289,14 +315,17 @@ def _quantize_block(
     return tensors, errors
 
 
-def _solve(job: _Job, full: str, name: str, weight: Tensor, stats: InputStats | None) -> tuple[QTensor, dict[str, Any]]:
+def _solve(
+    job: _Job, full: str, name: str, weight: Tensor, observed: Observed | None
+) -> tuple[QTensor, dict[str, Any]]:
     """Solve one linear, put the dequantized weights in its place, and add its line to the report."""
     began = time.perf_counter()
     W = weight.detach().clone()
     if not torch.isfinite(W).all():
         raise ValueError(f"{full}.weight holds NaN or infinity in {job.source.folder}; the model is damaged")
     may_clip = name not in job.source.family.no_clip
-    solved = SOLVERS[job.method.solver](Problem(full, W, stats, job.scheme, may_clip), job.options)
+    stats, held = (None, None) if observed is None else (observed.train, observed.held)
+    solved = SOLVERS[job.method.solver](Problem(full, W, stats, job.scheme, may_clip, held), job.options)
     W_hat = solved.qtensor.dequantize()
     row: dict[str, Any] = {"name": full, "shape": list(W.shape), "scheme": str(job.scheme), "bits": job.scheme.bits}
     row |= {"group_size": job.scheme.group_size, "solver": job.method.solver, "error": None, "error_rtn": None}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmq.config import AWQConfig, CalibConfig, GPTQConfig, QuantScheme
+from llmq.config import AWQConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig
 
 # Flags of a field where they are not simply --field-name; the first is the one that help shows.
 FLAGS: dict[str, tuple[str, ...]] = {
@@ -21,11 +21,13 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "true_sequential": ("--true-sequential", "--true_sequential"),
     "clip": ("--awq-clip",),
     "n_grid": ("--awq-grid",),
+    "only": ("--steps",),
 }
 GROUPS: tuple[tuple[str, type], ...] = (
     ("grid of the weights", QuantScheme),
     ("calibration text", CalibConfig),
     ("GPTQ", GPTQConfig),
+    ("recipe around GPTQ", RecipeConfig),
     ("AWQ", AWQConfig),
 )
 
@@ -107,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
         calib=calib,
         gptq=gptq,
         awq=awq,
+        recipe=_options(args, RecipeConfig),
         head_bits=args.head_bits,
         overwrite=args.overwrite,
         device=args.device,

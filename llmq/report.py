@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import platform
 import resource
 import sys
@@ -32,6 +34,14 @@ def duration(seconds: float) -> str:
     if s < 90:
         return f"{s} s"
     return f"{s // 60} min {s % 60:02d} s" if s < 5400 else f"{s // 3600} h {s % 3600 // 60:02d} min"
+
+
+def release_memory() -> None:
+    """Give what was freed back to the system, where the C library keeps it (glibc does)."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def peak_rss() -> int:

@@ -50,7 +50,7 @@ def test_blocks_run_one_by_one_give_the_models_hidden_states(tiny_model, family)
             runner.tails = tails
             everything = runner.observe_all(source.family.linear_groups)
             for group in source.family.linear_groups:
-                stats = runner.observe(group)
+                stats = runner.observe(group).train
                 assert torch.allclose(stats.H, everything[group[0]].H, rtol=1e-5, atol=1e-6), group
                 runner.settle(group)
             runner.advance()
@@ -104,6 +104,39 @@ def test_stats_type(tiny_model):
     source = open_model(tiny_model("qwen2"))
     hidden, calls = block_inputs(source, torch.randint(3, 200, (1, 16)))
     with materialize(source.block(0), source.block_names[0], source.reader) as block:
-        stats = BlockRunner(block, calls[0], hidden, {}).observe(("mlp.down_proj",))
+        stats = BlockRunner(block, calls[0], hidden, {}).observe(("mlp.down_proj",)).train
     assert isinstance(stats, InputStats)
     assert stats.n_tokens == 16
+
+
+@torch.no_grad()
+def test_a_teacher_pairs_the_original_models_inputs_with_the_quantized_ones(tiny_model):
+    """Statistics of the pair, split into fitted and held-out windows, against inputs heard from two whole blocks."""
+    source = open_model(tiny_model("gemma3"))
+    tokens = torch.randint(3, 200, (5, 24), generator=torch.Generator().manual_seed(1))
+    hidden, calls = block_inputs(source, tokens)
+    other = [h + 0.1 * torch.randn(h.shape, generator=torch.Generator().manual_seed(i)) for i, h in enumerate(hidden)]
+    name = source.block_names[0]
+    with materialize(source.block(0), name, source.reader) as block:
+        runner, teacher = BlockRunner(block, calls[0], other, {}), BlockRunner(block, calls[0], hidden, {})
+        runner.tails = teacher.tails = verified_tails(runner, source.family)
+        heard = {}
+        for linear in ("self_attn.o_proj", "mlp.down_proj"):
+            pairs = [(runner.input_of(linear, i)[0], teacher.input_of(linear, i)[0]) for i in range(5)]
+            heard[linear] = [torch.cat(side).double() for side in zip(*pairs, strict=True)]
+        for group in source.family.linear_groups:
+            observed = runner.observe(group, teacher, n_held=2)
+            assert observed.held is not None
+            assert (observed.train.n_tokens, observed.held.n_tokens) == (3 * 24, 2 * 24)
+            for part, rows in ((observed.train, slice(0, 72)), (observed.held, slice(72, None))):
+                if group[0] in heard:
+                    x, original = (side[rows] for side in heard[group[0]])
+                    want = (original - x).T @ x / len(x)
+                    assert torch.allclose(part.mean_cross(), want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+                    assert torch.allclose(part.H, x.T @ x, rtol=1e-4, atol=1e-4)
+            for r in (runner, teacher):
+                r.settle(group)
+        for r in (runner, teacher):
+            r.advance()
+    whole = block_inputs(source, tokens)[0]
+    assert len(hidden) == len(whole)

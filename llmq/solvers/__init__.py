@@ -6,14 +6,14 @@ A solver is ``solve(problem, options) -> Solved``. A new one is a file and a row
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
-from llmq.config import AWQConfig, GPTQConfig, QuantScheme, one_of
+from llmq.config import AWQConfig, GPTQConfig, QuantScheme, RecipeConfig, one_of
 from llmq.qtensor import QTensor
-from llmq.solvers import gptq, rtn
+from llmq.solvers import recipe, rtn
 from llmq.solvers.hessian import InputStats
 
 # Clipping ranges that AWQ's rounding tries: 20 steps down from the full range, as in its code.
@@ -26,6 +26,7 @@ class SolverOptions:
 
     gptq: GPTQConfig = field(default_factory=GPTQConfig)
     awq: AWQConfig = field(default_factory=AWQConfig)
+    recipe: RecipeConfig = field(default_factory=RecipeConfig)
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Problem:
         stats: of its inputs; None for methods that need no text.
         scheme: the grid asked for.
         may_clip: False where the family says that clipping hurts.
+        held: statistics of held-out windows; None: there are none.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Problem:
     stats: InputStats | None
     scheme: QuantScheme
     may_clip: bool = True
+    held: InputStats | None = None
 
 
 Solver = Callable[[Problem, SolverOptions], Solved]
@@ -70,11 +73,7 @@ def _clipped_rtn(p: Problem, options: SolverOptions) -> Solved:
 
 def _gptq(p: Problem, options: SolverOptions) -> Solved:
     assert p.stats is not None, "the pipeline gathers statistics for every method that needs them"
-    memo = p.stats.memo
-    if options.gptq not in memo:
-        memo[options.gptq] = gptq.prepare(p.stats.hessian(p.name), p.stats.n_tokens, options.gptq)
-    qtensor, report = gptq.solve(p.W, memo[options.gptq], p.scheme, options.gptq)
-    return Solved(qtensor, asdict(report))
+    return Solved(*recipe.solve(p.name, p.W, p.stats, p.held, p.scheme, options.gptq, options.recipe))
 
 
 SOLVERS: dict[str, Solver] = {"rtn": _rtn, "clipped-rtn": _clipped_rtn, "gptq": _gptq}

@@ -43,7 +43,8 @@ class Prepared:
         dead: bool[K].
         zero_dead: whether the dead columns' weights are dropped.
         order: i64[K], columns in solving order.
-        factor: of the damped, shrunk, ordered H.
+        S: f32[K, K], the shrunk, damped H, columns where they were: what is minimised.
+        factor: of S with its columns in solving order.
         shrinkage: share of the off-diagonal part that was dropped for want of tokens.
     """
 
@@ -51,8 +52,15 @@ class Prepared:
     dead: Tensor
     zero_dead: bool
     order: Tensor
+    S: Tensor
     factor: Factor
     shrinkage: float
+
+    def solve_right(self, B: Tensor) -> Tensor:
+        """B S^-1 for B f32[N, K]."""
+        out = torch.empty_like(B)
+        out[:, self.order] = (B[:, self.order] @ self.factor.U.T) @ self.factor.U
+        return out
 
 
 def prepare(H: Tensor, n_tokens: int, cfg: GPTQConfig) -> Prepared:
@@ -67,7 +75,9 @@ def prepare(H: Tensor, n_tokens: int, cfg: GPTQConfig) -> Prepared:
     factor = inverse_factor(H[order][:, order], cfg.percdamp)
     # A channel that ample text never drove is dead for good; after little text it may just be rare: keep its weights.
     zero_dead = bool(dead.any()) and n_tokens >= 4 * H.shape[0]
-    return Prepared(importance, dead, zero_dead, order, factor, rho)
+    S = H.float()
+    S.diagonal().add_(float(factor.percdamp * H.diagonal().mean()))
+    return Prepared(importance, dead, zero_dead, order, S, factor, rho)
 
 
 def solve(W: Tensor, prepared: Prepared, scheme: QuantScheme, cfg: GPTQConfig) -> tuple[QTensor, GPTQReport]:

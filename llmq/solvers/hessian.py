@@ -25,31 +25,46 @@ class InputStats:
 
     Tokens are summed in fp32 blocks which are folded into fp64. Rows with a NaN or an infinity are left out, counted.
 
+    Args:
+        in_features: K.
+        paired: also take what the original model feeds the linear, see :meth:`add`.
+
     Attributes:
         H: f64[K, K], the sum of x x^T (see :meth:`hessian` for the mean).
+        cross: f64[K, K], the sum of (x_original - x) x^T; None unless ``paired``.
         abs_sum: f64[K], the sum of |x|.
         n_tokens: tokens taken.
         n_dropped: tokens left out because they were not finite.
         memo: what solvers derive from H once for all linears that share it (a factor, say), by their own keys.
     """
 
-    def __init__(self, in_features: int) -> None:
+    def __init__(self, in_features: int, *, paired: bool = False) -> None:
         self.H = torch.zeros(in_features, in_features, dtype=torch.float64)
+        self.cross = torch.zeros_like(self.H) if paired else None
         self.abs_sum = torch.zeros(in_features, dtype=torch.float64)
         self.n_tokens = 0
         self.n_dropped = 0
         self.memo: dict[Any, Any] = {}
 
-    def add(self, x: Tensor) -> None:
-        """Take inputs x f32[..., K]; every leading dimension counts tokens."""
+    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+        """Take inputs x f32[..., K]; every leading dimension counts tokens.
+
+        ``original``: what the unquantized model feeds the same linear for the same tokens; needed when ``paired``.
+        """
+        assert (original is None) == (self.cross is None), "paired statistics need both inputs"
         x = x.detach().reshape(-1, x.shape[-1]).float()
+        rest = None if original is None else original.detach().reshape(x.shape).float() - x
         # One pass over the sums finds a bad block; the per-row search runs only then.
-        if not torch.isfinite(x.sum()):
-            good = torch.isfinite(x).all(dim=1)
+        total = x.sum() if rest is None else x.sum() + rest.sum()
+        if not torch.isfinite(total):
+            good = torch.isfinite(x if rest is None else x + rest).all(dim=1)
             self.n_dropped += int((~good).sum())
-            x = x[good]
-        for block in x.split(4096):
+            x, rest = x[good], rest if rest is None else rest[good]
+        for at in range(0, x.shape[0], 4096):
+            block = x[at : at + 4096]
             self._add_products(block)
+            if self.cross is not None and rest is not None:
+                self.cross += (rest[at : at + 4096].T @ block).double()
         self.abs_sum += x.abs().sum(0).double()
         self.n_tokens += x.shape[0]
 
@@ -78,6 +93,11 @@ class InputStats:
         if not torch.isfinite(H).all():
             raise ValueError(f"{name}: the Hessian of its inputs is not finite over {self.n_tokens} tokens")
         return H
+
+    def mean_cross(self) -> Tensor:
+        """Mean of (x_original - x) x^T, f64[K, K]; only for paired statistics."""
+        assert self.cross is not None
+        return self.cross / max(1, self.n_tokens)
 
     def mean_abs(self) -> Tensor:
         """Mean |x| a channel, f32[K]."""

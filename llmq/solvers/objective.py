@@ -1,0 +1,62 @@
+"""What a linear's rounding is judged by: the error of its output against the original model's.
+
+The quantized model feeds the linear X~ [T, K] where the original one fed X. With D = W^ - W the squared difference of
+the outputs is, up to a constant, ``tr(D H D^T) - 2 <D, R>`` with ``H = X~^T X~ / T`` and ``R = W (X - X~)^T X~ / T``:
+H says what rounding costs, R what it may repair of the error that earlier layers have made (QEP, arXiv 2504.09629).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmq.solvers.hessian import InputStats
+
+# Shares of the earlier layers' error that a linear may be asked to repair.
+ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """``loss(W^) = tr(D S D^T) - 2 <D, R>`` with D = W^ - W, a quadratic in each row of W^.
+
+    Attributes:
+        W: f32[N, K], the original weights.
+        S: f32[K, K], symmetric: H, damped where the loss is minimised, plain where it is measured.
+        R: f32[N, K], what is to be repaired; zeros when only the rounding counts.
+    """
+
+    W: Tensor
+    S: Tensor
+    R: Tensor
+
+    def rows(self, W_hat: Tensor) -> Tensor:
+        """Loss of every row, f64[N]."""
+        D = W_hat - self.W
+        return torch.sum((D @ self.S - 2 * self.R) * D, dim=1, dtype=torch.float64)
+
+    def loss(self, W_hat: Tensor) -> float:
+        """Loss summed over the rows."""
+        return float(self.rows(W_hat).sum())
+
+    def descent(self, W_hat: Tensor) -> Tensor:
+        """Half the negative gradient, f32[N, K]: R - D S."""
+        return self.R - (W_hat - self.W) @ self.S
+
+
+def measured(W: Tensor, stats: InputStats, name: str) -> Objective:
+    """The loss on the tokens of ``stats``, undamped."""
+    R = W @ stats.mean_cross().float() if stats.cross is not None else torch.zeros_like(W)
+    return Objective(W, stats.hessian(name).float(), R)
+
+
+def choose_alpha(repair: Tensor, held: Objective) -> float:
+    """The alpha in ALPHAS at which W + alpha * repair f32[N, K] loses least on held-out tokens.
+
+    The loss is a quadratic in alpha: two products tell it for every alpha.
+    """
+    square = float(torch.sum((repair @ held.S) * repair, dtype=torch.float64))
+    linear = float(torch.sum(repair * held.R, dtype=torch.float64))
+    return min(ALPHAS, key=lambda a: (a * a * square - 2 * a * linear, a))

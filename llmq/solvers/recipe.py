@@ -1,0 +1,108 @@
+"""The recipe: GPTQ towards a target that repairs earlier layers' errors, then exact polishing, each step on trial.
+
+A step stays only if the linear's output error on held-out windows falls; without held-out windows the calibration loss
+judges, and nothing is repaired. Which steps are tried is the user's choice (:data:`llmq.config.PRESETS`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.config import GPTQConfig, QuantScheme, RecipeConfig
+from llmq.qtensor import QTensor, from_codes
+from llmq.solvers import gptq
+from llmq.solvers.hessian import InputStats
+from llmq.solvers.objective import Objective, choose_alpha, measured
+from llmq.solvers.polish import dequantized, descend, refit_scales
+
+# Rounds of refit and descent tried; most of the gain is in the first.
+ROUNDS = 3
+
+
+@dataclass
+class RecipeReport:
+    """What was tried and what it brought: losses are relative to the output's energy on the windows that judged.
+
+    Attributes:
+        alpha: share of the earlier layers' error that was to be repaired.
+        held_out: whether held-out windows judged (else the calibration windows did).
+        losses: loss after each step that was kept, in order, by name.
+        refused: steps that were tried and dropped.
+    """
+
+    alpha: float
+    held_out: bool
+    losses: list[tuple[str, float]] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _State:
+    """codes f32[N, K], scale and zero f32[N, G], and the weights they stand for, f32[N, K]."""
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    W_hat: Tensor
+
+
+def solve(
+    name: str,
+    W: Tensor,
+    train: InputStats,
+    held: InputStats | None,
+    scheme: QuantScheme,
+    cfg: GPTQConfig,
+    recipe: RecipeConfig,
+) -> tuple[QTensor, dict[str, Any]]:
+    """Quantize W f32[N, K] (unchanged); returns it with the report of GPTQ and of the recipe's steps."""
+    prepared = _prepared(name, train, cfg)
+    R = W @ train.mean_cross().float() if train.cross is not None else torch.zeros_like(W)
+    judge = measured(W, held if held is not None else train, name)
+    power = float(torch.sum((W @ judge.S) * W, dtype=torch.float64)) or 1.0
+    alpha, target = 0.0, W
+    if "target" in recipe.steps and held is not None and train.cross is not None:
+        repair = prepared.solve_right(R)
+        alpha = choose_alpha(repair, judge)
+        target = W + alpha * repair
+    objective = Objective(W, prepared.S, alpha * R)
+    solved, gptq_report = gptq.solve(target, prepared, scheme, cfg)
+    zero = torch.full(solved.scale.shape, float(scheme.mid)) if solved.zero is None else solved.zero.float()
+    state = _State(solved.q.float(), solved.scale.float(), zero, solved.dequantize())
+    report = RecipeReport(alpha, held is not None)
+    best = judge.loss(state.W_hat)
+    report.losses.append(("gptq", best / power))
+    steps = [s for s in ("refit", "descent") if s in recipe.steps]
+    for step in steps * ROUNDS:
+        new = _STEPS[step](state, objective, scheme)
+        loss = judge.loss(new.W_hat)
+        if not loss < best:
+            report.refused.append(step)
+            break
+        state, best = new, loss
+        report.losses.append((step, loss / power))
+    return from_codes(state.codes, state.scale, state.zero, scheme), asdict(gptq_report) | asdict(report)
+
+
+def _prepared(name: str, train: InputStats, cfg: GPTQConfig) -> gptq.Prepared:
+    if cfg not in train.memo:
+        train.memo[cfg] = gptq.prepare(train.hessian(name), train.n_tokens, cfg)
+    found: gptq.Prepared = train.memo[cfg]
+    return found
+
+
+def _refit(state: _State, objective: Objective, scheme: QuantScheme) -> _State:
+    scale = refit_scales(state.codes, state.scale, state.zero, objective, scheme)
+    return _State(state.codes, scale, state.zero, dequantized(state.codes, scale, state.zero, scheme))
+
+
+def _descent(state: _State, objective: Objective, scheme: QuantScheme) -> _State:
+    codes = descend(state.codes, state.scale, state.zero, objective, scheme)
+    return _State(codes, state.scale, state.zero, dequantized(codes, state.scale, state.zero, scheme))
+
+
+_STEPS = {"refit": _refit, "descent": _descent}
