@@ -6,7 +6,7 @@ llmq folders.
 
 from transformers import AutoModelForCausalLM
 
-from llmq.config import AWQConfig, CalibConfig, GPTQConfig, QuantScheme
+from llmq.config import AWQConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig
 from llmq.pipeline import QuantizationResult, quantize_model
 from llmq.qtensor import QTensor
 from llmq.runtime.hf import register as _register
@@ -21,6 +21,7 @@ __all__ = [
     "AutoModelForCausalLM",
     "CalibConfig",
     "GPTQConfig",
+    "RecipeConfig",
     "QEmbedding",
     "QLinear",
     "QTensor",

@@ -17,7 +17,7 @@ from llmq.checkpoint import CheckpointWriter, check_output, matrix_tensors, quan
 from llmq.config import HEAD_BITS, AWQConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig, one_of
 from llmq.models.load import SourceModel, materialize, open_model
 from llmq.models.resolve import resolve
-from llmq.plan import Matrix, Plan, check_memory, kept_dtype, make_plan
+from llmq.plan import Plan, check_memory, kept_dtype, make_plan
 from llmq.qtensor import QTensor
 from llmq.report import (
     Log,
@@ -35,15 +35,12 @@ from llmq.report import (
 from llmq.solvers import METHODS, SOLVERS, Method, Problem, SolverOptions, rtn
 from llmq.solvers.awq import transform_block
 from llmq.solvers.hessian import InputStats, relative_error
+from llmq.tables import outside_blocks
 from llmq.verify import check_folder
 
 DEVICES = ("cpu",)
-# Rows of an embedding or head that are in memory in fp32 at once.
-TABLE_ROWS = 8192
 # One window in so many is held out to judge the recipe's steps.
 HELD_SHARE = 8
-# Clipping ranges tried for an embedding or head below 8 bits.
-TABLE_GRID_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,6 @@ class _Job:
     n_windows: int = 0
     rows: list[dict[str, Any]] = field(default_factory=list)
     folds: list[dict[str, Any]] = field(default_factory=list)
-    originals: list[Tensor] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
 
 
@@ -122,7 +118,9 @@ def quantize_model(
         calibration.check(calib, max_positions=source.max_positions)
     folder = Path(output) if output is not None else Path(default_output(str(model), scheme))
     sampled = row.needs_text and calibration.is_sampled(calib)
-    plan = make_plan(source, scheme, head_bits, row, calib.nsamples * calib.seqlen, calib.seqlen, sampled=sampled)
+    n_tokens = calib.nsamples * calib.seqlen
+    steps = options.recipe.steps if row.solver == "gptq" else ()
+    plan = make_plan(source, scheme, head_bits, row, n_tokens, calib.seqlen, steps=steps, sampled=sampled)
     if sampled:
         check_memory(plan)
     check_output(folder.absolute(), overwrite=overwrite, expected_bytes=plan.bytes_after, source=source.folder)
@@ -156,7 +154,10 @@ def _run(
     now = lap("calibration", now)
     probe = _quantize_blocks(job, writer, tokens)
     now = lap("blocks", now)
-    writer.write_shard(_outside_blocks(job))
+    tensors, digests = outside_blocks(job.source, job.plan)
+    job.digests |= digests
+    writer.write_shard(tensors)
+    del tensors
     now = lap("tables", now)
     config = _config_json(job)
     report = build_report(
@@ -339,41 +340,6 @@ def _solve(
     job.rows.append(row)
     job.digests[full] = solved.qtensor.digest()
     return solved.qtensor, row
-
-
-def _outside_blocks(job: _Job) -> dict[str, Tensor]:
-    """Tensors of the last shard: embedding, head, final norm, and whatever else is outside the decoder blocks."""
-    reader = job.source.reader
-    tensors: dict[str, Tensor] = {}
-    for matrix in job.plan.tables:
-        qtensor = _quantize_table(job, matrix)
-        job.digests[matrix.name] = qtensor.digest()
-        tensors.update({f"{matrix.name}.{key}": value for key, value in matrix_tensors(qtensor).items()})
-    for kept in job.plan.kept:
-        if not any(kept.name.startswith(block + ".") for block in job.source.block_names):
-            tensors[kept.name] = reader.tensor(kept.name).to(kept.dtype)
-    persistent = (
-        job.source.model.state_dict().keys() - dict(job.source.model.named_parameters(remove_duplicate=False)).keys()
-    )
-    tensors.update({name: reader.tensor(name) for name in persistent if name in reader})
-    return tensors
-
-
-def _quantize_table(job: _Job, matrix: Matrix) -> QTensor:
-    """An embedding or head, rounded to nearest chunk by chunk; below 8 bits each group's range is clipped."""
-    codes, scales, zeros = [], [], []
-    grid_steps = TABLE_GRID_STEPS if matrix.scheme.bits < 8 else 0
-    identity = torch.eye(matrix.k) if grid_steps else None
-    for _, rows in job.source.reader.row_chunks(f"{matrix.name}.weight", TABLE_ROWS):
-        W = rows.float()
-        if not torch.isfinite(W).all():
-            raise ValueError(f"{matrix.name}.weight holds NaN or infinity in {job.source.folder}; the model is damaged")
-        part = rtn.solve(W, matrix.scheme, identity, grid_steps=grid_steps)
-        codes.append(part.q)
-        scales.append(part.scale)
-        zeros.append(part.zero)
-    zero = None if matrix.scheme.sym else torch.cat([z for z in zeros if z is not None])
-    return QTensor(torch.cat(codes), torch.cat(scales), zero, matrix.scheme)
 
 
 def _config_json(job: _Job) -> dict[str, Any]:

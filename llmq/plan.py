@@ -19,6 +19,8 @@ from llmq.solvers import Method
 
 # Bytes of Python, torch and transformers before a model is touched; measured on Linux.
 BASE_BYTES = 600 << 20
+# Rounds of polishing that a linear takes, as seen on real models.
+POLISH_ROUNDS = 4
 # Seconds of a sampling step over those of its products at gemm_rate(): they are narrow, and the draw itself is costly.
 SAMPLING_COST = 2.5
 
@@ -122,11 +124,12 @@ def make_plan(
     n_tokens: int,
     seqlen: int,
     *,
+    steps: tuple[str, ...] = (),
     sampled: bool = False,
 ) -> Plan:
     """Decide for every tensor of the model; predict time and memory for ``n_tokens`` of calibration.
 
-    ``sampled``: the model itself writes them first, with all its weights in memory.
+    ``steps``: of the recipe. ``sampled``: the model itself writes them first, with all its weights in memory.
     """
     linears = [
         Matrix(f"{block}.{name}", n, k, scheme)
@@ -142,7 +145,7 @@ def make_plan(
             why = reasons.get(name.removesuffix(".weight")) or _why_kept(name, parameter, source)
             kept.append(Kept(name, parameter.numel(), kept_dtype(source.reader.dtype(name), parameter.dim()), why))
     plan = Plan(linears, tables, kept, tied)
-    _predict(plan, source, method, n_tokens, seqlen)
+    _predict(plan, source, method, n_tokens, seqlen, steps)
     if sampled:
         plan.seconds += SAMPLING_COST * 2 * n_tokens * plan.weights / gemm_rate()
         plan.peak_bytes = max(plan.peak_bytes, BASE_BYTES + 4 * plan.weights + _cache_bytes(source.config, seqlen))
@@ -181,7 +184,9 @@ def _why_kept(name: str, parameter: torch.Tensor, source: SourceModel) -> str:
     return "outside the decoder blocks"
 
 
-def _predict(plan: Plan, source: SourceModel, method: Method, n_tokens: int, seqlen: int) -> None:
+def _predict(
+    plan: Plan, source: SourceModel, method: Method, n_tokens: int, seqlen: int, steps: tuple[str, ...]
+) -> None:
     """Fill in seconds and peak bytes from the shapes and a short measurement of this machine's matrix product."""
     blocks = len(source.block_names)
     block = source.block_linears(0)
@@ -192,16 +197,23 @@ def _predict(plan: Plan, source: SourceModel, method: Method, n_tokens: int, seq
         rate = gemm_rate()
         attention = 2 * seqlen * max(k for name, (_, k) in block.items() if "mlp" not in name or len(block) == 1)
         passes = 2.0 * weights + attention + sum(k * k for k in widths) + (weights + attention if method.awq else 0)
+        if "target" in steps:  # a second stream, and the full product of both streams' inputs
+            passes += 2.0 * weights + attention + 2 * sum(k * k for k in widths)
         solve = sum(weights / max(1, sum(n for n, _ in block.values())) * k for k in widths) + 120 * weights
+        # A round is a product of the matrix with H for every step, and one to judge it.
+        solve += POLISH_ROUNDS * sum(2 * n * k * k for n, k in block.values()) * len({"refit", "descent"} & set(steps))
         plan.seconds = blocks * (2 * n_tokens * passes + 2 * solve) / rate + blocks * 0.5
-        memory = n_tokens * 4 * (2 * hidden + max(widths)) + 8 * 4 * max(widths) ** 2
+        streams = 2 if "target" in steps else 1
+        memory = n_tokens * 4 * streams * (2 * hidden + max(widths)) + 8 * 4 * (1 + streams) * max(widths) ** 2
     else:
         plan.seconds, memory = 1e-7 * plan.weights, 0
     plan.seconds += 2e-7 * plan.weights
     # The last shard is made in memory: codes of the tables, and kept tensors beside the fp32 copy they are made from.
     outside = sum(m.nbytes + m.weights for m in plan.tables) + sum(k.nbytes for k in plan.kept)
     outside += 4 * max([0, *(k.weights for k in plan.kept)])
-    plan.peak_bytes = BASE_BYTES + max(memory + 16 * weights, outside)
+    # The check at the end loads the folder: kept matrices in fp32, in 16 bits for the kernels, and as mapped file.
+    check = sum(8 * k.weights for k in plan.kept) + 2 * sum(m.nbytes for m in (*plan.linears, *plan.tables))
+    plan.peak_bytes = int(BASE_BYTES + max(memory + 16 * weights, outside, check))
     wide = [k for k in widths if method.needs_text and n_tokens < 2 * k]
     if wide:
         plan.warnings.append(

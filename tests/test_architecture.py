@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.blockwise",
         "llmq.plan",
         "llmq.report",
+        "llmq.tables",
         "llmq.verify",
         "llmq.runtime",
         "llmq.score",

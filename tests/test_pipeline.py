@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import llmq
-from llmq import AWQConfig, CalibConfig, GPTQConfig, QuantScheme, quantize_model, set_activation_bits
+from llmq import AWQConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig, quantize_model, set_activation_bits
 from llmq.checkpoint import read_qtensor
 from llmq.models.families import FAMILIES
 from llmq.pipeline import default_output
@@ -104,6 +104,32 @@ def test_not_true_sequential_and_no_act_order(tiny_model, tmp_path):
     report = quantized(tiny_model, tmp_path, gptq=gptq).report
     assert report["options"]["gptq"]["act_order"] is False
     assert sum(r["error"] for r in report["linears"]) < sum(r["error_rtn"] for r in report["linears"])
+
+
+def test_the_recipe_sees_both_models_and_judges_on_held_out_windows(tiny_model, tmp_path, monkeypatch):
+    """The first linears get the same inputs in both models; those after a quantized one differ, and are repaired."""
+    from llmq.solvers import recipe
+
+    seen, solve = {}, recipe.solve
+
+    def spy(name, W, train, held, *rest):
+        seen[name] = (train.mean_cross().norm() / train.hessian(name).norm(), train.n_tokens, held.n_tokens)
+        return solve(name, W, train, held, *rest)
+
+    monkeypatch.setattr(recipe, "solve", spy)
+    rows = quantized(tiny_model, tmp_path).report["linears"]
+    differ = {name: float(share) for name, (share, _, _) in seen.items()}
+    first = {name for name in differ if ".layers.0.self_attn" in name and "o_proj" not in name}
+    assert all((differ[name] == 0) == (name in first) for name in differ)
+    assert {(train, held) for _, train, held in seen.values()} == {(3 * 48, 48)}
+    assert all(row["held_out"] for row in rows)
+    assert any(row["alpha"] > 0 for row in rows)
+    assert any(step != "gptq" for row in rows for step, _ in row["losses"])
+
+
+def test_the_fast_preset_is_plain_gptq(tiny_model, tmp_path):
+    rows = quantized(tiny_model, tmp_path, recipe=RecipeConfig("fast")).report["linears"]
+    assert all([step for step, _ in row["losses"]] == ["gptq"] and row["alpha"] == 0 for row in rows)
 
 
 def test_awq_folds_are_reported(tiny_model, tmp_path):

@@ -123,4 +123,3 @@ def _descend_panel(
             Q[at], What[at] = q, w
             R[j + 1 :].addr_(S[j + 1 :, j], delta[j], alpha=-1)
     return delta
-

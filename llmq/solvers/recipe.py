@@ -19,8 +19,9 @@ from llmq.solvers.hessian import InputStats
 from llmq.solvers.objective import Objective, choose_alpha, measured
 from llmq.solvers.polish import dequantized, descend, refit_scales
 
-# Rounds of refit and descent tried; most of the gain is in the first.
-ROUNDS = 3
+# Rounds of refit and descent tried at most, and the relative gain below which a round is the last.
+ROUNDS = 8
+LEAST_GAIN = 2e-3
 
 
 @dataclass
@@ -74,18 +75,35 @@ def solve(
     zero = torch.full(solved.scale.shape, float(scheme.mid)) if solved.zero is None else solved.zero.float()
     state = _State(solved.q.float(), solved.scale.float(), zero, solved.dequantize())
     report = RecipeReport(alpha, held is not None)
-    best = judge.loss(state.W_hat)
-    report.losses.append(("gptq", best / power))
-    steps = [s for s in ("refit", "descent") if s in recipe.steps]
-    for step in steps * ROUNDS:
-        new = _STEPS[step](state, objective, scheme)
-        loss = judge.loss(new.W_hat)
-        if not loss < best:
-            report.refused.append(step)
-            break
-        state, best = new, loss
-        report.losses.append((step, loss / power))
+    report.losses.append(("gptq", judge.loss(state.W_hat) / power))
+    state = _polish(state, objective, judge, power, scheme, recipe.steps, report)
     return from_codes(state.codes, state.scale, state.zero, scheme), asdict(gptq_report) | asdict(report)
+
+
+def _polish(
+    state: _State,
+    objective: Objective,
+    judge: Objective,
+    power: float,
+    scheme: QuantScheme,
+    chosen: tuple[str, ...],
+    report: RecipeReport,
+) -> _State:
+    """Rounds of the chosen polishing steps; each is kept only if the judge's loss falls."""
+    best = judge.loss(state.W_hat)
+    for _ in range(ROUNDS):
+        at_start = best
+        for step in (s for s in _STEPS if s in chosen):
+            new = _STEPS[step](state, objective, scheme)
+            loss = judge.loss(new.W_hat)
+            if loss < best:
+                state, best = new, loss
+                report.losses.append((step, loss / power))
+            else:
+                report.refused.append(step)
+        if at_start - best <= LEAST_GAIN * abs(at_start):
+            break
+    return state
 
 
 def _prepared(name: str, train: InputStats, cfg: GPTQConfig) -> gptq.Prepared:
