@@ -212,18 +212,18 @@ class BlockRunner:
         n, paired = len(self.hidden), teacher is not None
         train = InputStats(linear.in_features, paired=paired)
         held = InputStats(linear.in_features, paired=paired) if n_held else None
-        both = (self,) if teacher is None else (self, teacher)
-        tokens = sum(h.shape[1] for h in self.hidden)
-        fits = tokens * linear.in_features * 4 * len(both) <= MEMO_BYTES
+        fits = sum(h.shape[1] for h in self.hidden) * linear.in_features * 4 <= MEMO_BYTES
         keep = fits and len(group) == 1 and group[0] in self.tails
-        for runner in both:
-            runner._kept = []
+        self._kept, outputs = [], []
         for i in range(n):
-            inputs = [runner.input_of(group[0], i) for runner in both]
+            inputs = [runner.input_of(group[0], i) for runner in ((self,) if teacher is None else (self, teacher))]
             (train if held is None or i < n - n_held else held).add(*inputs)
             if keep:
-                for runner, x in zip(both, inputs, strict=True):
-                    runner._kept.append(x)
+                self._kept.append(inputs[0])
+                # The teacher's weights are final: its output is known now, and narrower than the input.
+                outputs += [] if teacher is None else [teacher.block.get_submodule(group[0])(inputs[1])]
+        if teacher is not None and keep:
+            teacher._settled.append((self.tails[group[0]], outputs))
         return Observed(train, held)
 
     @torch.no_grad()

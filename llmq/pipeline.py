@@ -302,9 +302,8 @@ def _quantize_block(
             solved, row = _solve(job, full, linear_name, linear.weight, observed)
             tensors.update({f"{full}.{key}": value for key, value in matrix_tensors(solved).items()})
             errors += [row["error"]] if row["error"] is not None else []
-        for r in (runner, teacher):
-            if r is not None:
-                r.settle(group)
+        if runner is not None:
+            runner.settle(group)
     for r in (runner, teacher):
         if r is not None:
             r.advance()

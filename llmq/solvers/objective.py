@@ -8,6 +8,7 @@ H says what rounding costs, R what it may repair of the error that earlier layer
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -31,6 +32,11 @@ class Objective:
     W: Tensor
     S: Tensor
     R: Tensor
+
+    @cached_property
+    def pull(self) -> Tensor:
+        """W S + R, f32[N, K]: ``loss = tr(W^ S W^T) - 2 <W^, pull>`` up to a constant."""
+        return self.W @ self.S + self.R
 
     def rows(self, W_hat: Tensor) -> Tensor:
         """Loss of every row, f64[N]."""

@@ -48,15 +48,16 @@ def refit_scales(codes: Tensor, scale: Tensor, zero: Tensor, objective: Objectiv
     A = torch.empty(N, len(slices), len(slices), dtype=torch.float64)
     for g, s in enumerate(slices):
         A[:, g] = _group_sums((C[:, s] @ objective.S[s]) * C, scheme)
-    b = _group_sums(C * (objective.W @ objective.S + objective.R), scheme)
+    b = _group_sums(C * objective.pull, scheme)
+
+    def loss(s: Tensor) -> Tensor:
+        """Of every row, f64[N], up to a constant."""
+        return ((A @ s[:, :, None])[:, :, 0] * s - 2 * b * s).sum(1)
+
     # Never 0 on the diagonal: a group of zeros only takes part through the ridge, and keeps its scale.
     ridge = A.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=1e-30) * RIDGE
-    A = A + torch.diag_embed(ridge.expand(N, len(slices)))
-    b = b + ridge * scale
-    new = _rounded_in_turn(A, b)
-    before = objective.rows(dequantized(codes, scale, zero, scheme))
-    after = objective.rows(dequantized(codes, new, zero, scheme))
-    return torch.where((after < before)[:, None], new, scale)
+    new = _rounded_in_turn(A + torch.diag_embed(ridge.expand_as(b)), b + ridge * scale)
+    return torch.where((loss(new.double()) < loss(scale.double()))[:, None], new, scale)
 
 
 def _group_sums(x: Tensor, scheme: QuantScheme) -> Tensor:

@@ -1,6 +1,6 @@
 """The recipe: GPTQ towards a target that repairs earlier layers' errors, then exact polishing, each step on trial.
 
-A step stays only if the linear's output error on held-out windows falls; without held-out windows the calibration loss
+A round stays only if the linear's output error on held-out windows falls; without held-out windows the calibration loss
 judges, and nothing is repaired. Which steps are tried is the user's choice (:data:`llmq.config.PRESETS`).
 """
 
@@ -89,19 +89,21 @@ def _polish(
     chosen: tuple[str, ...],
     report: RecipeReport,
 ) -> _State:
-    """Rounds of the chosen polishing steps; each is kept only if the judge's loss falls."""
+    """Rounds of the chosen polishing steps; a round is kept only if the judge's loss falls."""
     best = judge.loss(state.W_hat)
-    for _ in range(ROUNDS):
-        at_start = best
-        for step in (s for s in _STEPS if s in chosen):
-            new = _STEPS[step](state, objective, scheme)
-            loss = judge.loss(new.W_hat)
-            if loss < best:
-                state, best = new, loss
-                report.losses.append((step, loss / power))
-            else:
-                report.refused.append(step)
-        if at_start - best <= LEAST_GAIN * abs(at_start):
+    steps = [s for s in _STEPS if s in chosen]
+    for _ in range(ROUNDS if steps else 0):
+        new = state
+        for step in steps:
+            new = _STEPS[step](new, objective, scheme)
+        loss = judge.loss(new.W_hat)
+        name, gain = " + ".join(steps), best - loss
+        if not gain > 0:
+            report.refused.append(name)
+            break
+        state, best = new, loss
+        report.losses.append((name, loss / power))
+        if gain <= LEAST_GAIN * abs(best):
             break
     return state
 
