@@ -112,16 +112,20 @@ class GPTQConfig:
             raise ValueError(f"grid_steps is {self.grid_steps}; use 0 (min-max) to 1000 (usual: 20)")
 
 
-STEPS = ("target", "refit", "descent")
-PRESETS: dict[str, tuple[str, ...]] = {"fast": (), "balanced": ("target", "refit", "descent")}
+STEPS = ("target", "refit", "descent", "damping")
+PRESETS: dict[str, tuple[str, ...]] = {
+    "fast": (),
+    "balanced": ("target", "refit", "descent"),
+    "best": ("target", "refit", "descent", "damping"),
+}
 
 
 @dataclass(frozen=True)
 class RecipeConfig:
     """What is done around GPTQ, see ``llmq.solvers.recipe``; ``only`` names the steps one by one."""
 
-    preset: str = option("balanced", "steps around GPTQ: fast is plain GPTQ", choices=tuple(PRESETS))
-    only: str = option("", "just these steps, comma-separated (target, refit, descent), instead of the preset's")
+    preset: str = option("balanced", "what is done around GPTQ; fast: nothing", choices=tuple(PRESETS))
+    only: str = option("", f"just these steps instead of the preset's, comma-separated: {', '.join(STEPS)}")
 
     def __post_init__(self) -> None:
         one_of("preset", self.preset, PRESETS)

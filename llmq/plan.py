@@ -16,6 +16,7 @@ from llmq.config import QuantScheme
 from llmq.models.load import SourceModel
 from llmq.runtime.hf import embedding_scale
 from llmq.solvers import Method
+from llmq.solvers.recipe import DAMPINGS
 
 # Bytes of Python, torch and transformers before a model is touched; measured on Linux.
 BASE_BYTES = 600 << 20
@@ -202,6 +203,7 @@ def _predict(
         solve = sum(weights / max(1, sum(n for n, _ in block.values())) * k for k in widths) + 120 * weights
         # A round is a product of the matrix with H for every step, and one to judge it.
         solve += POLISH_ROUNDS * sum(2 * n * k * k for n, k in block.values()) * len({"refit", "descent"} & set(steps))
+        solve *= len(DAMPINGS) if "damping" in steps else 1
         plan.seconds = blocks * (2 * n_tokens * passes + 2 * solve) / rate + blocks * 0.5
         streams = 2 if "target" in steps else 1
         memory = n_tokens * 4 * streams * (2 * hidden + max(widths)) + 8 * 4 * (1 + streams) * max(widths) ** 2

@@ -164,7 +164,7 @@ def test_each_kept_step_lowers_the_held_out_loss(scheme):
         power = float(((W @ judge.S) * W).sum())
         assert judge.loss(qtensor.dequantize()) / power == pytest.approx(losses[-1], rel=1e-3)
         kept[preset] = losses[-1]
-    assert kept["balanced"] < kept["fast"]
+    assert kept["best"] <= kept["balanced"] < kept["fast"]
 
 
 def test_nothing_is_repaired_without_held_out_windows():
@@ -176,6 +176,17 @@ def test_nothing_is_repaired_without_held_out_windows():
 
 
 def test_unknown_steps_are_named():
-    with pytest.raises(ValueError, match="'polish'; known: target, refit, descent"):
+    with pytest.raises(ValueError, match="'polish'; known: target, refit, descent, damping"):
         RecipeConfig(only="refit,polish")
     assert RecipeConfig(only="refit").steps == ("refit",)
+
+
+def test_damping_is_chosen_by_held_out_loss():
+    W, train, held, scheme = weights(), statistics(), statistics(seed=8), QuantScheme(3, 32)
+    _, best = recipe.solve("x", W, train, held, scheme, GPTQConfig(), RecipeConfig("best"))
+    each = {}
+    for d in recipe.DAMPINGS:
+        _, report = recipe.solve("x", W, train, held, scheme, GPTQConfig(percdamp=d), RecipeConfig("balanced"))
+        each[d] = report["losses"][-1][1]
+    assert best["percdamp"] == pytest.approx(min(each, key=each.get))
+    assert best["losses"][-1][1] == min(each.values())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.config import GPTQConfig, QuantScheme, RecipeConfig
+from llmq.config import GPTQConfig, QuantScheme, RecipeConfig, replace
 from llmq.qtensor import QTensor, from_codes
 from llmq.solvers import gptq
 from llmq.solvers.hessian import InputStats
@@ -22,6 +22,8 @@ from llmq.solvers.polish import dequantized, descend, refit_scales
 # Rounds of refit and descent tried at most, and the relative gain below which a round is the last.
 ROUNDS = 8
 LEAST_GAIN = 2e-3
+# Shares of the mean diagonal that are tried as damping, each with everything that follows from it.
+DAMPINGS = (0.003, 0.01, 0.05)
 
 
 @dataclass
@@ -61,22 +63,39 @@ def solve(
     recipe: RecipeConfig,
 ) -> tuple[QTensor, dict[str, Any]]:
     """Quantize W f32[N, K] (unchanged); returns it with the report of GPTQ and of the recipe's steps."""
-    prepared = _prepared(name, train, cfg)
-    R = W @ train.mean_cross().float() if train.cross is not None else torch.zeros_like(W)
     judge = measured(W, held if held is not None else train, name)
+    dampings = DAMPINGS if "damping" in recipe.steps and held is not None else (cfg.percdamp,)
+    tried = [
+        _solve_damped(name, W, train, judge, held is not None, scheme, replace(cfg, percdamp=d), recipe.steps)
+        for d in dampings
+    ]
+    return min(tried, key=lambda t: t[1]["losses"][-1][1])
+
+
+def _solve_damped(
+    name: str,
+    W: Tensor,
+    train: InputStats,
+    judge: Objective,
+    held_out: bool,
+    scheme: QuantScheme,
+    cfg: GPTQConfig,
+    steps: tuple[str, ...],
+) -> tuple[QTensor, dict[str, Any]]:
+    prepared = _prepared(name, train, cfg)
     power = float(torch.sum((W @ judge.S) * W, dtype=torch.float64)) or 1.0
-    alpha, target = 0.0, W
-    if "target" in recipe.steps and held is not None and train.cross is not None:
+    objective, report = Objective(W, prepared.S, torch.zeros_like(W)), RecipeReport(0.0, held_out)
+    target = W
+    if "target" in steps and held_out and train.cross is not None:
+        R = W @ train.mean_cross().float()
         repair = prepared.solve_right(R)
-        alpha = choose_alpha(repair, judge)
-        target = W + alpha * repair
-    objective = Objective(W, prepared.S, alpha * R)
+        report.alpha = choose_alpha(repair, judge)
+        objective, target = Objective(W, prepared.S, report.alpha * R), W + report.alpha * repair
     solved, gptq_report = gptq.solve(target, prepared, scheme, cfg)
     zero = torch.full(solved.scale.shape, float(scheme.mid)) if solved.zero is None else solved.zero.float()
     state = _State(solved.q.float(), solved.scale.float(), zero, solved.dequantize())
-    report = RecipeReport(alpha, held is not None)
     report.losses.append(("gptq", judge.loss(state.W_hat) / power))
-    state = _polish(state, objective, judge, power, scheme, recipe.steps, report)
+    state = _polish(state, objective, judge, power, scheme, steps, report)
     return from_codes(state.codes, state.scale, state.zero, scheme), asdict(gptq_report) | asdict(report)
 
 
