@@ -6,7 +6,7 @@ llmq folders.
 
 from transformers import AutoModelForCausalLM
 
-from llmq.config import AWQConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig
+from llmq.config import AWQConfig, BudgetConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig
 from llmq.pipeline import QuantizationResult, quantize_model
 from llmq.qtensor import QTensor
 from llmq.runtime.hf import register as _register
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AWQConfig",
     "AutoModelForCausalLM",
+    "BudgetConfig",
     "CalibConfig",
     "GPTQConfig",
     "RecipeConfig",

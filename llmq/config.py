@@ -139,6 +139,23 @@ class RecipeConfig:
 
 
 @dataclass(frozen=True)
+class BudgetConfig:
+    """Schemes by module instead of one for all: chosen for a size, or read from a file."""
+
+    target_bpw: float = option(
+        0.0,
+        "bits a weight over the linears, scales and zeros counted: bits and groups are chosen by module; 0: one scheme",
+    )
+    plan: str = option("", "JSON file of schemes by module, or the llmq_report.json of an earlier run")
+
+    def __post_init__(self) -> None:
+        if self.target_bpw and self.plan:
+            raise ValueError("--target-bpw chooses the schemes and --plan gives them; use one of the two")
+        if self.target_bpw < 0:
+            raise ValueError(f"target_bpw is {self.target_bpw:g}; it counts bits a weight, or is 0 for one scheme")
+
+
+@dataclass(frozen=True)
 class AWQConfig:
     """AWQ (Lin et al. 2023, arXiv 2306.00978): activation-aware scaling, then clipping."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from llmq import calibration, kernels
+from llmq.allocate import allocate, check_budget, read_plan
 from llmq.blockwise import BlockCall, BlockRunner, Observed, Tail, block_inputs, verified_tails
 from llmq.checkpoint import CheckpointWriter, check_output, matrix_tensors, quantization_config
-from llmq.config import HEAD_BITS, AWQConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig, one_of
-from llmq.models.load import SourceModel, materialize, open_model
+from llmq.config import HEAD_BITS, AWQConfig, BudgetConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig, one_of
+from llmq.job import Job
+from llmq.models.load import materialize, open_model
 from llmq.models.resolve import resolve
-from llmq.plan import Plan, check_memory, kept_dtype, make_plan
+from llmq.plan import check_memory, kept_dtype
 from llmq.qtensor import QTensor
 from llmq.report import (
     Log,
@@ -32,7 +34,7 @@ from llmq.report import (
     summary,
     versions,
 )
-from llmq.solvers import METHODS, SOLVERS, Method, Problem, SolverOptions, rtn
+from llmq.solvers import METHODS, SOLVERS, Problem, SolverOptions, rtn
 from llmq.solvers.awq import transform_block
 from llmq.solvers.hessian import InputStats, relative_error
 from llmq.tables import outside_blocks
@@ -52,22 +54,6 @@ class QuantizationResult:
     summary: str
 
 
-@dataclass
-class _Job:
-    """Everything a run knows, filled as it goes."""
-
-    source: SourceModel
-    plan: Plan
-    scheme: QuantScheme
-    method: Method
-    options: SolverOptions
-    log: Log
-    n_windows: int = 0
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    folds: list[dict[str, Any]] = field(default_factory=list)
-    digests: dict[str, str] = field(default_factory=dict)
-
-
 def quantize_model(
     model: str | Path,
     scheme: QuantScheme | None = None,
@@ -78,6 +64,7 @@ def quantize_model(
     gptq: GPTQConfig | None = None,
     awq: AWQConfig | None = None,
     recipe: RecipeConfig | None = None,
+    budget: BudgetConfig | None = None,
     head_bits: int = 8,
     overwrite: bool = False,
     device: str = "cpu",
@@ -93,6 +80,7 @@ def quantize_model(
         calib: calibration text; default: what works without a network.
         gptq, awq: options of the solvers.
         recipe: what is done around GPTQ to lose less.
+        budget: schemes by module, for a size or from a file.
         head_bits: bits of token embedding and head: 16, 8 or 4.
         overwrite: replace ``output`` if it is a model folder.
         device: where to compute; ``cpu``.
@@ -103,8 +91,9 @@ def quantize_model(
         OSError: the disk filled up; nothing is left behind.
     """
     scheme, calib, log = scheme or QuantScheme(), calib or CalibConfig(), log or silent
+    budget = budget or BudgetConfig()
     options = SolverOptions(gptq or GPTQConfig(), awq or AWQConfig(), recipe or RecipeConfig())
-    one_of("method", method, METHODS)
+    _check_method(method, budget)
     one_of("head_bits", head_bits, HEAD_BITS)
     one_of("device", device, DEVICES)
     kernels.current_isa()  # the check at the end runs on the kernels: a wrong LLMQ_ISA must not wait for it
@@ -116,42 +105,61 @@ def quantize_model(
     source = open_model(resolved.folder)
     if row.needs_text:
         calibration.check(calib, max_positions=source.max_positions)
-    folder = Path(output) if output is not None else Path(default_output(str(model), scheme))
-    sampled = row.needs_text and calibration.is_sampled(calib)
-    n_tokens = calib.nsamples * calib.seqlen
-    steps = options.recipe.steps if row.solver == "gptq" else ()
-    plan = make_plan(source, scheme, head_bits, row, n_tokens, calib.seqlen, steps=steps, sampled=sampled)
-    if sampled:
-        check_memory(plan)
-    check_output(folder.absolute(), overwrite=overwrite, expected_bytes=plan.bytes_after, source=source.folder)
-    job = _Job(source, plan, scheme, row, options, log)
+    job = Job(source, scheme, head_bits, row, options, calib, log)
+    if budget.plan:
+        job.use(read_plan(budget.plan, job.plan.linears))
+    if budget.target_bpw:
+        check_budget(source, job.plan, scheme, budget.target_bpw)
+    if job.sampled:
+        check_memory(job.plan)
+    folder = Path(output) if output is not None else Path(default_output(str(model), scheme, budget.target_bpw))
+    size = job.plan.bytes_after
+    check_output(folder.absolute(), overwrite=overwrite, expected_bytes=size, source=source.folder)
     text = f"{calib.calib}: {calib.nsamples} windows of {calib.seqlen} tokens" if row.needs_text else "none needed"
-    log(plan_table(plan, model=str(model), family=source.family.name, method=method, calibration=text, output=folder))
-    with CheckpointWriter(
-        folder, len(source.block_names) + 1, overwrite=overwrite, expected_bytes=plan.bytes_after
-    ) as writer:
-        return _run(job, writer, calib, str(model), resolved.origin, method, start)
+    named = {"model": str(model), "family": source.family.name, "method": method}
+    log(plan_table(job.plan, **named, calibration=text, output=folder))
+    with CheckpointWriter(folder, len(source.block_names) + 1, overwrite=overwrite, expected_bytes=size) as writer:
+        texts = _calibration(job)
+        seconds = {"calibration": round(time.perf_counter() - start, 2)}
+        if budget.target_bpw:
+            assert texts is not None
+            chosen = allocate(source, job.plan.linears, scheme, budget.target_bpw, texts.tokens, log)
+            job.use(chosen.schemes)
+            job.divergence = chosen.divergence
+            seconds["allocation"] = round(time.perf_counter() - start - seconds["calibration"], 2)
+            log(plan_table(job.plan, **named, calibration=text, output=folder))
+        return _run(job, writer, texts, named | {"origin": resolved.origin}, seconds)
 
 
-def default_output(model: str, scheme: QuantScheme) -> str:
-    """``gemma-3-1b-w4g128`` for ``google/gemma-3-1b`` or ``~/models/gemma-3-1b.gguf``."""
+def _check_method(method: str, budget: BudgetConfig) -> None:
+    one_of("method", method, METHODS)
+    if (budget.plan or budget.target_bpw) and METHODS[method].awq:
+        raise ValueError(f"--method {method} folds scales for one scheme; schemes by module need gptq or rtn")
+    if budget.target_bpw and not METHODS[method].needs_text:
+        raise ValueError(f"--target-bpw needs text to choose by, and --method {method} reads none; use gptq")
+
+
+def default_output(model: str, scheme: QuantScheme, target_bpw: float = 0.0) -> str:
+    """``gemma-3-1b-w4g128`` (or ``gemma-3-1b-3.25bpw``) for ``google/gemma-3-1b`` or ``~/models/gemma-3-1b.gguf``."""
     name = Path(model.rstrip("/")).name.removesuffix(".gguf")
-    return f"{name}-{scheme}"
+    return f"{name}-{target_bpw:g}bpw" if target_bpw else f"{name}-{scheme}"
 
 
 def _run(
-    job: _Job, writer: CheckpointWriter, calib: CalibConfig, model: str, origin: str, method: str, start: float
+    job: Job,
+    writer: CheckpointWriter,
+    texts: calibration.CalibrationSet | None,
+    named: dict[str, str],
+    seconds: dict[str, float],
 ) -> QuantizationResult:
-    seconds: dict[str, float] = {}
+    now = time.perf_counter()
+    start = now - sum(seconds.values())
 
     def lap(name: str, since: float) -> float:
         seconds[name] = round(time.perf_counter() - since, 2)
         return time.perf_counter()
 
-    now = lap("open", start)
-    texts = _calibration(job, calib)
     tokens = texts.tokens if texts is not None else None
-    now = lap("calibration", now)
     probe = _quantize_blocks(job, writer, tokens)
     now = lap("blocks", now)
     tensors, digests = outside_blocks(job.source, job.plan)
@@ -163,15 +171,19 @@ def _run(
     report = build_report(
         job.plan,
         job.rows,
-        model=model,
-        origin=origin,
-        family=job.source.family.name,
-        method=method,
-        options={"scheme": str(job.scheme), **asdict(job.options), "calib": asdict(calib)},
+        **named,
+        options={
+            "scheme": str(job.scheme),
+            **asdict(job.options),
+            "calib": asdict(job.calib),
+            "divergence": job.divergence,
+        },
         calibration=texts.provenance() if texts is not None else None,
         folds=job.folds,
         seconds=seconds,
     )
+    if job.divergence is not None:
+        report["divergence"] = job.divergence
     writer.finish(job.source.folder, config, report, model_card(job.plan, report, writer.folder.name))
     job.log("reading the folder back")
     release_memory()
@@ -186,7 +198,7 @@ def _run(
     return QuantizationResult(writer.folder, report, text)
 
 
-def _calibration(job: _Job, calib: CalibConfig) -> calibration.CalibrationSet | None:
+def _calibration(job: Job) -> calibration.CalibrationSet | None:
     if not job.method.needs_text:
         return None
 
@@ -206,7 +218,7 @@ def _calibration(job: _Job, calib: CalibConfig) -> calibration.CalibrationSet | 
 
         return calibration.sample_from_model(model, job.source.tokenizer, n_samples, seqlen, seed, progress)
 
-    texts = calibration.load(calib, job.source.tokenizer, sampler=sampler, log=job.log)
+    texts = calibration.load(job.calib, job.source.tokenizer, sampler=sampler, log=job.log)
     job.log(
         f"calibration: {texts.source}, {texts.tokens.shape[0]} windows of {texts.tokens.shape[1]} tokens, "
         f"BOS {'in each' if texts.bos else 'none'}{', ' + texts.note if texts.note else ''}"
@@ -223,7 +235,7 @@ class Probe:
     leaving: Tensor
 
 
-def _quantize_blocks(job: _Job, writer: CheckpointWriter, tokens: Tensor | None) -> Probe | None:
+def _quantize_blocks(job: Job, writer: CheckpointWriter, tokens: Tensor | None) -> Probe | None:
     """Solve and write every block; returns the probe for the final check (None without calibration text)."""
     source = job.source
     hidden: list[Tensor] = []
@@ -257,19 +269,19 @@ def _quantize_blocks(job: _Job, writer: CheckpointWriter, tokens: Tensor | None)
     return probe
 
 
-def _repairs(job: _Job) -> bool:
+def _repairs(job: Job) -> bool:
     gptq = job.options.gptq
     return job.method.solver == "gptq" and gptq.true_sequential and "target" in job.options.recipe.steps
 
 
-def _n_held(job: _Job) -> int:
+def _n_held(job: Job) -> int:
     """Windows held out to judge the steps; the last ones."""
     judged = job.method.solver == "gptq" and job.options.gptq.true_sequential and job.options.recipe.steps
     return max(1, job.n_windows // HELD_SHARE) if judged and job.n_windows > 1 else 0
 
 
 def _quantize_block(
-    job: _Job, name: str, block: nn.Module, runner: BlockRunner | None, originals: list[Tensor]
+    job: Job, name: str, block: nn.Module, runner: BlockRunner | None, originals: list[Tensor]
 ) -> tuple[dict[str, Tensor], list[float]]:
     """(tensors of the block's shard by full name, relative errors of its linears). Advances ``runner``."""
     groups = [g for g in job.source.family.linear_groups if set(g) <= set(job.source.block_linears(0))]
@@ -315,23 +327,21 @@ def _quantize_block(
     return tensors, errors
 
 
-def _solve(
-    job: _Job, full: str, name: str, weight: Tensor, observed: Observed | None
-) -> tuple[QTensor, dict[str, Any]]:
+def _solve(job: Job, full: str, name: str, weight: Tensor, observed: Observed | None) -> tuple[QTensor, dict[str, Any]]:
     """Solve one linear, put the dequantized weights in its place, and add its line to the report."""
     began = time.perf_counter()
     W = weight.detach().clone()
     if not torch.isfinite(W).all():
         raise ValueError(f"{full}.weight holds NaN or infinity in {job.source.folder}; the model is damaged")
-    may_clip = name not in job.source.family.no_clip
+    may_clip, scheme = name not in job.source.family.no_clip, job.schemes[full]
     stats, held = (None, None) if observed is None else (observed.train, observed.held)
-    solved = SOLVERS[job.method.solver](Problem(full, W, stats, job.scheme, may_clip, held), job.options)
+    solved = SOLVERS[job.method.solver](Problem(full, W, stats, scheme, may_clip, held), job.options)
     W_hat = solved.qtensor.dequantize()
-    row: dict[str, Any] = {"name": full, "shape": list(W.shape), "scheme": str(job.scheme), "bits": job.scheme.bits}
-    row |= {"group_size": job.scheme.group_size, "solver": job.method.solver, "error": None, "error_rtn": None}
+    row: dict[str, Any] = {"name": full, "shape": list(W.shape), "scheme": str(scheme), "bits": scheme.bits}
+    row |= {"group_size": scheme.group_size, "solver": job.method.solver, "error": None, "error_rtn": None}
     if stats is not None:
         H = stats.hessian(full)
-        row["error_rtn"] = relative_error(W, rtn.solve(W, job.scheme).dequantize(), H)
+        row["error_rtn"] = relative_error(W, rtn.solve(W, scheme).dequantize(), H)
         row["error"] = relative_error(W, W_hat, H)
         row |= {"tokens": stats.n_tokens, "tokens_not_finite": stats.n_dropped}
     row |= {**solved.notes, "seconds": round(time.perf_counter() - began, 3)}
@@ -341,7 +351,7 @@ def _solve(
     return solved.qtensor, row
 
 
-def _config_json(job: _Job) -> dict[str, Any]:
+def _config_json(job: Job) -> dict[str, Any]:
     """config.json of the source with the quantization block, computing in fp32: a CPU gains nothing from less."""
     import json
 

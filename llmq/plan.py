@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,14 +127,16 @@ def make_plan(
     seqlen: int,
     *,
     steps: tuple[str, ...] = (),
+    schemes: Mapping[str, QuantScheme] | None = None,
     sampled: bool = False,
 ) -> Plan:
     """Decide for every tensor of the model; predict time and memory for ``n_tokens`` of calibration.
 
-    ``steps``: of the recipe. ``sampled``: the model itself writes them first, with all its weights in memory.
+    ``steps``: of the recipe. ``schemes``: of single linears, by name; the others get ``scheme``. ``sampled``: the model
+    itself writes them first, with all its weights in memory.
     """
     linears = [
-        Matrix(f"{block}.{name}", n, k, scheme)
+        Matrix(f"{block}.{name}", n, k, (schemes or {}).get(f"{block}.{name}", scheme))
         for i, block in enumerate(source.block_names)
         for name, (n, k) in source.block_linears(i).items()
     ]

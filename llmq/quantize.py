@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmq.config import AWQConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig
+from llmq.config import AWQConfig, BudgetConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig
 
 # Flags of a field where they are not simply --field-name; the first is the one that help shows.
 FLAGS: dict[str, tuple[str, ...]] = {
@@ -22,12 +22,14 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "clip": ("--awq-clip",),
     "n_grid": ("--awq-grid",),
     "only": ("--steps",),
+    "target_bpw": ("--target-bpw", "--target_bpw"),
 }
 GROUPS: tuple[tuple[str, type], ...] = (
     ("grid of the weights", QuantScheme),
     ("calibration text", CalibConfig),
     ("GPTQ", GPTQConfig),
     ("recipe around GPTQ", RecipeConfig),
+    ("bits by module", BudgetConfig),
     ("AWQ", AWQConfig),
 )
 
@@ -110,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         gptq=gptq,
         awq=awq,
         recipe=_options(args, RecipeConfig),
+        budget=_options(args, BudgetConfig),
         head_bits=args.head_bits,
         overwrite=args.overwrite,
         device=args.device,

@@ -27,6 +27,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("llmq.kernels.reference", "llmq.solvers", "llmq.formats", "llmq.calibration"),
     ("llmq.kernels", "llmq._core", "llmq.models", "llmq.checkpoint"),
     (
+        "llmq.allocate",
+        "llmq.job",
         "llmq.pipeline",
         "llmq.blockwise",
         "llmq.plan",
