@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,17 @@ import pytest
 import torch
 from kernel_cases import COMPILED, core, isa, threads  # noqa: F401 - fixtures
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from llmq import AutoModelForCausalLM, CalibConfig, QuantScheme, kernels, quantize_model, set_activation_bits
+from llmq import (
+    AutoModelForCausalLM,
+    BudgetConfig,
+    CalibConfig,
+    QuantScheme,
+    kernels,
+    quantize_model,
+    set_activation_bits,
+)
 from llmq.models.families import FAMILIES
 from llmq.runtime.causal_lm import graph_class
 from llmq.runtime.native import NativeDecoder, Unsupported
@@ -134,6 +143,40 @@ def test_int8_activations_are_those_of_qlinear(folders, family: str) -> None:
     assert (difference <= 1e-4).float().mean() >= 0.6
     assert difference.max() <= 0.5
     assert (1.01 * actual - expected).abs().max() > 1e-2  # one percent off would be seen in every row
+
+
+MIXED = {"q": "w4g32", "k": "w2g64", "v": "w3g128", "o": "w8g32", "gate": "w3g32", "up": "w4g128", "down": "w4g64"}
+
+
+def test_each_matrix_may_have_a_grid_of_its_own(tmp_path) -> None:
+    """Three widths of int8 groups for one input, in int8 and in floats, against the graph of the same modules."""
+    config = LlamaConfig(
+        **{"hidden_size": 160, "intermediate_size": 192, "num_hidden_layers": 2, "vocab_size": 100},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 40},
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
+    names = [n for n, _ in LlamaForCausalLM(config).named_modules() if n.endswith("_proj")]
+    plan = {n: MIXED[n.split(".")[-1].removesuffix("_proj")] for n in names}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    budget = BudgetConfig(plan=str(tmp_path / "plan.json"))
+    folder = quantize_model(
+        tmp_path / "source", QuantScheme(4, 64), method="rtn", head_bits=16, budget=budget, output=tmp_path / "out"
+    ).folder
+    model = load(folder)
+    [row] = ids_of(60)
+    row = row % 100
+    for bits, limit in ((16, 1e-4), (8, 0.02)):
+        set_activation_bits(model, bits)
+        decoder = NativeDecoder.of(model)
+        expected = graph_logits(model, row)
+        sequence = decoder.new_sequence(kv_dtype=torch.float32)
+        actual = torch.cat(
+            [decoder.forward([row[:50]], [sequence], output="all")]
+            + [decoder.forward([row[t : t + 1]], [sequence], output="all") for t in range(50, 60)]
+        )
+        assert (actual - expected).norm() <= limit * expected.norm()
+        assert (1.05 * actual - expected).norm() > limit * expected.norm()
 
 
 @pytest.mark.usefixtures("threads")

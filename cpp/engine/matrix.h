@@ -35,8 +35,8 @@ struct Matrix {
   }
 };
 
-// Widths of int8 groups that the matrices of one input may ask for: those of 4-bit and of 8-bit codes.
-constexpr int kMaxWidths = 2;
+// Widths of int8 groups that the matrices of one input may ask for: q, k and v may each have a grid of its own.
+constexpr int kMaxWidths = 3;
 
 // The inputs of a product: rows f32[m, k], and the same rows as int8 for each group width that a matrix asks for.
 struct Inputs {
