@@ -6,11 +6,12 @@ llmq folders.
 
 from transformers import AutoModelForCausalLM
 
-from llmq.config import AWQConfig, CalibConfig, GPTQConfig, QuantScheme
+from llmq.config import AWQConfig, CalibConfig, GPTQConfig, KVCacheConfig, QuantScheme
 from llmq.pipeline import QuantizationResult, quantize_model
 from llmq.qtensor import QTensor
 from llmq.runtime.hf import register as _register
 from llmq.runtime.qlinear import QEmbedding, QLinear, set_activation_bits
+from llmq.runtime.quantized_cache import QuantizedKVCache
 
 _register()
 
@@ -21,11 +22,13 @@ __all__ = [
     "AutoModelForCausalLM",
     "CalibConfig",
     "GPTQConfig",
+    "KVCacheConfig",
     "QEmbedding",
     "QLinear",
     "QTensor",
     "QuantScheme",
     "QuantizationResult",
+    "QuantizedKVCache",
     "quantize_model",
     "set_activation_bits",
 ]

@@ -1,0 +1,78 @@
+"""A window of tokens fed through a QuantizedKVCache in chunks, as a long prompt is; and the options that ask for it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.config import KVCacheConfig
+from llmq.runtime.quantized_cache import QuantizedKVCache
+from llmq.score import CacheMemory
+
+
+@dataclass(frozen=True)
+class KVFeed:
+    """How windows go through a quantized cache. Raises ValueError for chunk < 1.
+
+    A chunk's own tokens see one another exactly, whatever ``config.recent`` is; with a chunk of 1 the cache is used as
+    in decoding.
+    """
+
+    config: KVCacheConfig
+    chunk: int = 64
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise ValueError(f"kv-chunk is {self.chunk}; feed at least 1 token at a time (usual: 64)")
+
+    def new_cache(self, model: Any) -> QuantizedKVCache:
+        """An empty cache for ``model``. Raises ValueError as QuantizedKVCache does."""
+        return QuantizedKVCache(self.config, model.config)
+
+    def run(self, model: Any, ids: Tensor, step: Callable[..., Tensor]) -> tuple[Tensor, CacheMemory]:
+        """(f[T, D], the cache's memory) for ids i64[T] through a new cache.
+
+        ``step(input_ids=i64[1, t], past_key_values=..., use_cache=True)`` gives f[t, D].
+        """
+        cache = self.new_cache(model)
+        parts = [step(input_ids=part[None], past_key_values=cache, use_cache=True) for part in ids.split(self.chunk)]
+        return torch.cat(parts), CacheMemory(cache.get_seq_length(), cache.nbytes, cache.nbytes_16bit)
+
+    def describe(self) -> str:
+        """The cache's protocol in words."""
+        c = self.config
+        bits = f"layers {' '.join(c.layers)}" if c.layers else f"keys {c.k_bits} bits, values {c.v_bits} bits"
+        turned = "keys below 8 bits rotated" if c.rotate else "no rotation"
+        kept = f"{c.sinks} sinks and {c.recent} recent tokens in 16 bits"
+        return f"KV cache: {bits}, {turned}, {kept}, fed {self.chunk} tokens at a time"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of :func:`from_args`."""
+    defaults = KVCacheConfig()
+    group = parser.add_argument_group("KV cache", "score through a quantized KV cache, in the Hugging Face graph")
+    group.add_argument("--kv-bits", metavar="8|4|k8v4|...", help="bits of keys and values (default: no cache)")
+    group.add_argument("--kv-chunk", type=int, default=64, metavar="N", help="tokens fed at a time (default 64)")
+    text = "rotate keys below 8 bits (default)"
+    group.add_argument("--kv-rotate", action=argparse.BooleanOptionalAction, default=defaults.rotate, help=text)
+    text = f"first tokens in 16 bits (default {defaults.sinks})"
+    group.add_argument("--kv-sinks", type=int, default=defaults.sinks, metavar="N", help=text)
+    text = f"last tokens in 16 bits (default {defaults.recent})"
+    group.add_argument("--kv-recent", type=int, default=defaults.recent, metavar="N", help=text)
+
+
+def parse(text: str, args: argparse.Namespace) -> KVFeed:
+    """The feed for bits ``text`` with the other options of ``args``. Raises ValueError for values out of range."""
+    config = KVCacheConfig.parse(text)
+    config = replace(config, rotate=args.kv_rotate, sinks=args.kv_sinks, recent=args.kv_recent)
+    return KVFeed(config, args.kv_chunk)
+
+
+def from_args(args: argparse.Namespace) -> KVFeed | None:
+    """The feed that ``args`` ask for, None without --kv-bits."""
+    return None if args.kv_bits is None else parse(args.kv_bits, args)
