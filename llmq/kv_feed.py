@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.config import KVCacheConfig
+from llmq.config import KEY_SCALES, KVCacheConfig
 from llmq.runtime.quantized_cache import QuantizedKVCache
 from llmq.score import CacheMemory
 
@@ -47,9 +47,10 @@ class KVFeed:
         """The cache's protocol in words."""
         c = self.config
         bits = f"layers {' '.join(c.layers)}" if c.layers else f"keys {c.k_bits} bits, values {c.v_bits} bits"
-        turned = "keys below 8 bits rotated" if c.rotate else "no rotation"
-        kept = f"{c.sinks} sinks and {c.recent} recent tokens in 16 bits"
-        return f"KV cache: {bits}, {turned}, {kept}, fed {self.chunk} tokens at a time"
+        turned = "heads rotated" if c.rotate else "no rotation"
+        keys = f"keys below 8 bits have scales by {c.key_scales}; {turned}"
+        kept = f"{c.sinks} sinks and, below 8 bits, {c.recent} recent tokens in 16 bits"
+        return f"KV cache: {bits}; {keys}; {kept}; fed {self.chunk} tokens at a time"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -58,18 +59,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("KV cache", "score through a quantized KV cache, in the Hugging Face graph")
     group.add_argument("--kv-bits", metavar="8|4|k8v4|...", help="bits of keys and values (default: no cache)")
     group.add_argument("--kv-chunk", type=int, default=64, metavar="N", help="tokens fed at a time (default 64)")
-    text = "rotate keys below 8 bits (default)"
+    text = f"scales of keys below 8 bits (default {defaults.key_scales})"
+    group.add_argument("--kv-key-scales", choices=KEY_SCALES, default=defaults.key_scales, help=text)
+    text = "rotate keys with scales by token, and values below 8 bits (default)"
     group.add_argument("--kv-rotate", action=argparse.BooleanOptionalAction, default=defaults.rotate, help=text)
     text = f"first tokens in 16 bits (default {defaults.sinks})"
     group.add_argument("--kv-sinks", type=int, default=defaults.sinks, metavar="N", help=text)
-    text = f"last tokens in 16 bits (default {defaults.recent})"
+    text = f"last tokens in 16 bits, where the rest has fewer than 8 (default {defaults.recent})"
     group.add_argument("--kv-recent", type=int, default=defaults.recent, metavar="N", help=text)
 
 
 def parse(text: str, args: argparse.Namespace) -> KVFeed:
     """The feed for bits ``text`` with the other options of ``args``. Raises ValueError for values out of range."""
     config = KVCacheConfig.parse(text)
-    config = replace(config, rotate=args.kv_rotate, sinks=args.kv_sinks, recent=args.kv_recent)
+    tokens = {"sinks": args.kv_sinks, "recent": args.kv_recent}
+    config = replace(config, key_scales=args.kv_key_scales, rotate=args.kv_rotate, **tokens)
     return KVFeed(config, args.kv_chunk)
 
 

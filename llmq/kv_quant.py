@@ -1,13 +1,14 @@
 """Quantization of cached keys and values, in plain torch: rows of numbers -> packed codes, scales, zeros, and back.
 
-A row is one token of one head, f[..., D]. It is cut into groups of columns, each with a scale of its own:
+A row is one token of one head, f[..., D] (or one column of one head over a block of tokens). It is cut into groups,
+each with a scale of its own:
 
 - 8 bits: ``x = scale * (code - 128)``, one group a row.
 - 4 and 2 bits: ``x = scale * (code - zero * (2**bits - 1) / 255)``, groups of ``GROUP`` columns. The range of a group
   always holds 0, so that ``zero`` fits a byte and columns of padding change nothing.
 
-Scales are fp16, rounded up before the codes are made. Keys are rotated first (a Hadamard matrix a head,
-QuaRot, arXiv 2404.00456): a few columns of a key are far larger than the others, and rotated they share their size.
+Scales are fp16, rounded up before the codes are made. ``rotate`` (a Hadamard matrix a head, QuaRot, arXiv 2404.00456)
+lets the few columns of a key that are far larger than the others share their size.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-GROUP = 32
+GROUP = 64
 MIN_ROTATION = 8
 _MIN_SCALE = 2.0**-24  # the smallest fp16 above 0
 
@@ -149,4 +150,7 @@ def rotate(x: Tensor) -> Tensor:
     width = rotation_width(x.shape[-1])
     if width == 1:
         return x.float()
-    return (x.float().unflatten(-1, (-1, width)) @ hadamard(width).to(x.device)).flatten(-2)
+    # H of a*b columns is the Kronecker product of H of a and H of b, and two small products take a fraction of one.
+    a = 1 << (width.bit_length() - 1) // 2
+    left, right = hadamard(a).to(x.device), hadamard(width // a).to(x.device)
+    return (left @ x.float().unflatten(-1, (-1, a, width // a)) @ right).flatten(-3)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, MambaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MambaConfig
 
 from llmq import CalibConfig, KVCacheConfig, QuantizedKVCache, QuantScheme, quantize_model
-from llmq.kv_quant import dequantize_rows, quantize_rows, rotate
+from llmq.kv_quant import GROUP, dequantize_rows, quantize_rows, rotate
+from llmq.runtime import options
 
 Tiny = Callable[..., Path]
 Load = Callable[..., Any]
@@ -42,9 +43,10 @@ def prompt(rows: int = 1, length: int = 23, seed: int = 0) -> Tensor:
     return torch.randint(10, 384, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def cache_of(model: Any, bits: str, *, sinks: int = 2, recent: int = 5, rotate: bool = True) -> QuantizedKVCache:
+def cache_of(model: Any, bits: str, **options: Any) -> QuantizedKVCache:
     k, v = KVCacheConfig.parse(bits).of_layer(0)
-    return QuantizedKVCache(KVCacheConfig(k, v, rotate=rotate, sinks=sinks, recent=recent), model.config)
+    options = {"sinks": 2, "recent": 5, "key_scales": "token", **options}  # by channel a short text has no codes
+    return QuantizedKVCache(KVCacheConfig(k, v, **options), model.config)
 
 
 @torch.no_grad()
@@ -86,12 +88,23 @@ class NaiveLayer:
     def __init__(self, config: KVCacheConfig, window: int | None) -> None:
         self.c, self.window, self.k, self.v = config, window, torch.zeros(0), torch.zeros(0)
 
-    def seen(self, x: Tensor, new: Tensor, bits: int, *, turn: bool) -> Tensor:
-        n = x.shape[2]
-        codes = rotate(dequantize_rows(quantize_rows(rotate(x), bits))) if turn else dequantize_rows(quantize_rows(x, bits))
-        t = torch.arange(n)[:, None]
-        exact = (t < self.c.sinks) | (t >= n - self.c.recent)
-        out = torch.where(exact, x.half().float(), codes)
+    def seen(self, x: Tensor, new: Tensor, bits: int, *, keys: bool) -> Tensor:
+        n, by_channel = x.shape[2], keys and bits < 8 and self.c.key_scales == "channel"
+        recent = self.c.recent if bits < 8 else 0
+        block = GROUP if by_channel else 1
+        end = self.c.sinks + max(n - self.c.sinks - recent, 0) // block * block
+        out = x.half().float() if bits < 8 or n <= self.c.sinks else x.clone()
+        out[:, :, : self.c.sinks] = x[:, :, : self.c.sinks].half().float()
+        step = block if by_channel else max(end - self.c.sinks, 1)  # tokens do not know each other
+        for a in range(self.c.sinks, end, step):
+            part = x[:, :, a : a + step]
+            if by_channel:
+                part = dequantize_rows(quantize_rows(part.mT, bits)).mT
+            elif self.c.rotate and (keys or bits < 8):
+                part = rotate(dequantize_rows(quantize_rows(rotate(part), bits)))
+            else:
+                part = dequantize_rows(quantize_rows(part, bits))
+            out[:, :, a : a + step] = part
         if self.window is not None:
             out = out[:, :, max(n - self.window + 1, 0) :]
         return torch.cat([out, new], dim=2)
@@ -99,21 +112,26 @@ class NaiveLayer:
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.k.numel() == 0:
             self.k, self.v = k[:, :, :0], v[:, :, :0]
-        keys = self.seen(self.k, k, self.c.k_bits, turn=self.c.rotate)
-        values = self.seen(self.v, v, self.c.v_bits, turn=False)
+        keys = self.seen(self.k, k, self.c.k_bits, keys=True)
+        values = self.seen(self.v, v, self.c.v_bits, keys=False)
         self.k, self.v = torch.cat([self.k, k], 2), torch.cat([self.v, v], 2)
         return keys, values
 
 
-@pytest.mark.parametrize("window", [None, WINDOW])
-@pytest.mark.parametrize("turn", [True, False])
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("bits", ["k4v8", "k8v4", "2"])
+@pytest.mark.parametrize(("key_scales", "rotate"), [("channel", True), ("token", True), ("token", False)])
 @pytest.mark.parametrize(("sinks", "recent"), [(2, 5), (0, 0), (4, 100), (30, 3)])
-def test_states_are_those_of_a_naive_cache(sinks: int, recent: int, window: int | None, turn: bool, load: Load) -> None:
-    model = load("gemma3")
-    index = model.config.layer_types.index("full_attention" if window is None else "sliding_attention")
-    config = KVCacheConfig(4, 8, rotate=turn, sinks=sinks, recent=recent)
-    cache, naive = QuantizedKVCache(config, model.config), NaiveLayer(config, window)
-    for n in [9, 1, 3, 1, 20, 1]:
+def test_states_are_those_of_a_naive_cache(
+    sinks: int, recent: int, key_scales: str, rotate: bool, bits: str, window: int | None, load: Load
+) -> None:
+    model_config = copy.deepcopy(load("gemma3").config)
+    model_config.sliding_window = 70
+    index = model_config.layer_types.index("full_attention" if window is None else "sliding_attention")
+    k_bits, v_bits = KVCacheConfig.parse(bits).of_layer(0)
+    config = KVCacheConfig(k_bits, v_bits, key_scales=key_scales, rotate=rotate, sinks=sinks, recent=recent)
+    cache, naive = QuantizedKVCache(config, model_config), NaiveLayer(config, window)
+    for n in [9, 1, 3, 70, 1, 130, 1, 1, 62, 3]:
         k, v = torch.randn(2, 2, 2, n, 24).half().float()  # what the sinks are held in
         length, offset = cache.get_mask_sizes(n, index)
         got, expected = cache.update(k, v, index), naive.update(k, v)
@@ -148,13 +166,13 @@ def test_a_scale_that_is_off_by_one_percent_is_seen(load: Load) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2"])
 @pytest.mark.parametrize(
-    "options", [{}, {"do_sample": True}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str
+    "mode", [{}, {"do_sample": True}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str
 )
-def test_generate_with_16_bits_gives_the_same_tokens(family: str, options: dict[str, Any], load: Load) -> None:
+def test_generate_with_16_bits_gives_the_same_tokens(family: str, mode: dict[str, Any], load: Load) -> None:
     model, ids = load(family), prompt(2)
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
-    common = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, **options}
+    common = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, **mode}
     torch.manual_seed(3)
     expected = model.generate(ids, **common)
     torch.manual_seed(3)
@@ -162,13 +180,13 @@ def test_generate_with_16_bits_gives_the_same_tokens(family: str, options: dict[
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2"])
-@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"num_beams": 3}], ids=str)
-def test_generate_with_few_bits_runs_in_every_mode(family: str, options: dict[str, Any], load: Load) -> None:
+@pytest.mark.parametrize("mode", [{}, {"do_sample": True}, {"num_beams": 3}], ids=str)
+def test_generate_with_few_bits_runs_in_every_mode(family: str, mode: dict[str, Any], load: Load) -> None:
     model, ids, cache = load(family), prompt(2), None
     cache = cache_of(model, "k8v4")
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
-    out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=12, **options)
+    out = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=12, **mode)
     assert out.shape == (2, 35)
     assert cache.get_seq_length() == 34
 
@@ -178,12 +196,12 @@ def test_generate_with_few_bits_runs_in_every_mode(family: str, options: dict[st
 def test_prompt_lookup_crops_the_cache(family: str, bits: str, load: Load) -> None:
     model, ids = load(family), prompt(length=6).repeat(1, 4)
     cache = cache_of(model, bits)
-    options = {"max_new_tokens": 20, "do_sample": False}
-    out = model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=4, **options)
+    greedy = {"max_new_tokens": 20, "do_sample": False}
+    out = model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=4, **greedy)
     assert out.shape == (1, 44)
     assert cache.get_seq_length() == 43
     if bits == "16":
-        assert torch.equal(out, model.generate(ids, **options))
+        assert torch.equal(out, model.generate(ids, **greedy))
 
 
 def test_a_chat_continues_from_the_cache(load: Load) -> None:
@@ -204,10 +222,12 @@ def test_an_llmq_model_with_a_native_decoder_uses_the_cache(
     model = AutoModelForCausalLM.from_pretrained(result.folder)
     ids, cache = prompt(), cache_of(model, "8")
     with caplog.at_level(logging.WARNING):
+        options._said.clear()
         out = model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False)
     assert cache.get_seq_length() == out.shape[1] - 1
     assert 0 < cache.nbytes < cache.nbytes_16bit
-    assert [m for m in caplog.messages if "past_key_values" in m or "QuantizedKVCache" in m] == []
+    refusals = [m for m in caplog.messages if "past_key_values of class QuantizedKVCache" in m]
+    assert len(refusals) == 2  # generate and forward say so, once for six tokens
 
 
 # rows, crop, reset
@@ -251,6 +271,29 @@ def test_crop_takes_the_newest_tokens(bits: str, count: int, load: Load) -> None
     assert cache.get_seq_length() == 23
     exact = fed(model, ids, DynamicCache(config=model.config), [23])[:, 23 - count :]
     assert float((logits - exact).norm() / exact.norm()) < (0.1 if bits == "8" else 1.0)
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 40, 69, 70, 133, 134, 150, 197, 200])
+@pytest.mark.parametrize("window", [None, 180])
+def test_crop_cuts_blocks(count: int, window: int | None, load: Load) -> None:
+    model_config = copy.deepcopy(load("gemma3").config)
+    model_config.sliding_window = 180
+    index = model_config.layer_types.index("full_attention" if window is None else "sliding_attention")
+    cache = QuantizedKVCache(KVCacheConfig(4, 2, sinks=3, recent=5), model_config)
+    cache.activate_past_recording()
+    states = torch.randn(2, 2, 2, 200, 24)
+    cache.update(*states, index)
+    layer = cache.layers[index]
+    before = [layer.keys, layer.values]
+    layer.crop(-count)
+    kept = 200 - count
+    start = 0 if window is None else max(kept - window + 1, 0)
+    for now, then in zip((layer.keys, layer.values), before, strict=True):
+        # Keys of a block cut short are held as fp16 from here on.
+        torch.testing.assert_close(now, then[:, :, start:kept], atol=2e-3, rtol=0)
+    cache.update(*torch.randn(2, 2, 2, 100, 24), index)
+    assert layer.get_seq_length() == kept + 100
+    assert len(layer.stores[0]) == len(layer.stores[1])
 
 
 def test_a_window_that_records_its_past_can_be_cropped(load: Load) -> None:
@@ -302,8 +345,7 @@ def test_a_sliding_layer_holds_its_window_only(load: Load) -> None:
     assert held == {True: WINDOW - 1, False: 60}
     window = cache.quantized_layers[0]
     assert window.is_sliding
-    # 5 recent tokens in fp16 and 2 in codes; nothing else hides behind a view.
-    assert window.stores[0].nbytes == 2 * (5 * 24 * 2 + 2 * (24 + 2))
+    assert window.stores[0].nbytes == 2 * (WINDOW - 1) * (24 + 2)  # nothing else hides behind a view
 
 
 # errors
@@ -367,10 +409,13 @@ def test_numbers_that_no_half_holds_are_refused(load: Load) -> None:
         cache.update(torch.full((1, 2, 1, 12), 1e5), torch.ones(1, 2, 1, 12), 0)
 
 
-def test_layers_of_an_unknown_kind_are_named() -> None:
-    config = MambaConfig(num_hidden_layers=2)
-    config.layer_types = ["full_attention", "indexed_attention"]
-    with pytest.raises(ValueError, match="layers of type indexed_attention"):
+def test_layers_of_other_kinds() -> None:
+    state_space = QuantizedKVCache("8", MambaConfig(num_hidden_layers=2))
+    assert state_space.quantized_layers == []
+    assert state_space.is_linear == [True, True]
+    config = LlamaConfig(num_hidden_layers=2)
+    config.layer_types = ["full_attention", "hybrid"]
+    with pytest.raises(ValueError, match="layers of type hybrid"):
         QuantizedKVCache("8", config)
 
 

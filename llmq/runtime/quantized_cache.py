@@ -1,7 +1,10 @@
 """QuantizedKVCache: transformers' Cache with keys and values in 8, 4 or 2 bits, for any model with attention layers.
 
 A layer holds its tokens in three parts: the first (``sinks``) and the last ones (``recent``) in 16 bits, those between
-as codes. ``update`` returns all of them as numbers, keys rotated back, so any attention implementation works.
+as codes. Values have scales by token, below 8 bits after a rotation. So have keys of 8 bits; keys of fewer bits have
+scales by channel (KIVI, arXiv 2402.02750): a block of ``GROUP`` tokens shares one for each column, so that the few
+columns that are far larger than the others do not cost those their precision. ``update`` returns all tokens as numbers,
+rotated back, so any attention implementation works.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from transformers import Cache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin, get_layer_types_and_kwargs
 
 from llmq.config import KVCacheConfig
-from llmq.kv_quant import QuantizedRows, dequantize_rows, quantize_rows, rotate
+from llmq.kv_quant import GROUP, QuantizedRows, dequantize_rows, quantize_rows, rotate
 
 WINDOWED = ("sliding_attention", "chunked_attention")
 # Types of layers that are quantized here, and those that hold nothing that grows and stay transformers' own.
@@ -26,12 +29,25 @@ WITHOUT_KEYS = ("linear_attention", "conv", "dummy")
 
 @dataclass(frozen=True)
 class Storage:
-    """How keys or values are held. ``bits`` 16: as the model gives them."""
+    """How keys or values are held. ``bits`` 16: as the model gives them. ``block``: tokens that are quantized together,
+    a scale for each column of them; 1: each token by itself."""
 
     bits: int
-    rotated: bool
-    sinks: int
-    recent: int
+    sinks: int = 0
+    recent: int = 0
+    rotated: bool = False
+    block: int = 1
+
+    def quantize(self, x: Tensor) -> QuantizedRows:
+        """Codes of ``x`` [B, H, n * block, D]; their dimension 2 counts blocks."""
+        x = rotate(x) if self.rotated else x
+        return quantize_rows(x if self.block == 1 else x.unflatten(2, (-1, self.block)).mT, self.bits)
+
+    def dequantize(self, rows: QuantizedRows) -> Tensor:
+        """The numbers f32[B, H, n * block, D] behind ``rows``."""
+        x = dequantize_rows(rows)
+        x = x if self.block == 1 else x.mT.flatten(2, 3)
+        return rotate(x) if self.rotated else x
 
 
 class TokenStore:
@@ -39,8 +55,9 @@ class TokenStore:
 
     Attributes:
         first: tokens at positions below ``sinks``, as long as they are held.
-        middle: codes of the tokens between; None as long as there are none.
-        last: the newest tokens, at least ``recent`` of them unless fewer are held or ``crop`` took some.
+        middle: codes of the tokens between, whole blocks; None as long as there are none.
+        skipped: tokens at the start of ``middle`` that are forgotten.
+        last: the newest tokens, ``recent`` of them and less than a block, unless fewer are held or ``keep`` cut.
     """
 
     def __init__(self, storage: Storage, like: Tensor) -> None:
@@ -51,23 +68,25 @@ class TokenStore:
         batch, heads, _, dim = like.shape
         self.first = self.last = like.new_empty(batch, heads, 0, dim, dtype=self.held_dtype)  # not a view of `like`
         self.middle: QuantizedRows | None = None
+        self.skipped = 0
 
     @property
     def lengths(self) -> tuple[int, int, int]:
         """Tokens in each part."""
-        middle = 0 if self.middle is None else self.middle.codes.shape[-2]
-        return self.first.shape[-2], middle, self.last.shape[-2]
+        middle = 0 if self.middle is None else self.middle.codes.shape[2] * self.storage.block - self.skipped
+        return self.first.shape[2], middle, self.last.shape[2]
 
     def __len__(self) -> int:
         return sum(self.lengths)
 
+    def _read_middle(self) -> Tensor:
+        if self.middle is None:
+            return self.last[:, :, :0].to(self.dtype)
+        return self.storage.dequantize(self.middle)[:, :, self.skipped :].to(self.dtype)
+
     def read(self) -> Tensor:
         """All tokens, [B, H, T, D] in the model's type."""
-        parts = [self.first.to(self.dtype)]
-        if self.middle is not None:
-            numbers = dequantize_rows(self.middle)
-            parts.append((rotate(numbers) if self.storage.rotated else numbers).to(self.dtype))
-        return torch.cat([*parts, self.last.to(self.dtype)], dim=-2)
+        return torch.cat([self.first.to(self.dtype), self._read_middle(), self.last.to(self.dtype)], dim=2)
 
     def append(self, x: Tensor, position: int) -> None:
         """Hold ``x`` [B, H, n, D], whose first token stands at ``position`` of the text.
@@ -76,18 +95,18 @@ class TokenStore:
         """
         s, x = self.storage, x.detach()
         if s.bits == 16:
-            self.last = torch.cat([self.last, x], dim=-2)
+            self.last = torch.cat([self.last, x], dim=2)
             return
-        n_first = min(max(s.sinks - position, 0), x.shape[-2])
-        first, rest = torch.cat([self.first, self._narrow(x[:, :, :n_first])], dim=-2), x[:, :, n_first:]
+        n_first = min(max(s.sinks - position, 0), x.shape[2])
+        first, rest = torch.cat([self.first, self._narrow(x[:, :, :n_first])], dim=2), x[:, :, n_first:]
         # Tokens that leave `last` at once are quantized from what the model gave.
-        over = max(self.last.shape[-2] + rest.shape[-2] - s.recent, 0)
-        old = min(over, self.last.shape[-2])
-        leaving = torch.cat([self.last[:, :, :old].to(x.dtype), rest[:, :, : over - old]], dim=-2)
-        last = torch.cat([self.last[:, :, old:], self._narrow(rest[:, :, over - old :])], dim=-2)
+        over = max(self.last.shape[2] + rest.shape[2] - s.recent, 0) // s.block * s.block
+        old = min(over, self.last.shape[2])
+        leaving = torch.cat([self.last[:, :, :old].to(x.dtype), rest[:, :, : over - old]], dim=2)
+        last = torch.cat([self.last[:, :, old:], self._narrow(rest[:, :, over - old :])], dim=2)
         if over:
-            rows = quantize_rows(rotate(leaving) if s.rotated else leaving, s.bits)
-            self.middle = rows if self.middle is None else self.middle.join(rows)
+            rows = s.quantize(leaving)
+            self.middle = rows if self.middle is None else self.middle.join(rows, dim=2)
         self.first, self.last = first, last
 
     def _narrow(self, x: Tensor) -> Tensor:
@@ -101,17 +120,28 @@ class TokenStore:
 
     def keep(self, start: int, stop: int) -> None:
         """Forget all but the tokens ``start`` to ``stop`` (exclusive) of those held."""
-        a, m, _ = self.lengths
+        n_first, n_middle, _ = self.lengths
 
-        def cut(begin: int) -> Callable[[Tensor], Tensor]:
-            # Copied: a view would keep what was cut off in memory.
-            return lambda t: t[:, :, max(start - begin, 0) : max(stop - begin, 0)].clone()
+        # Copied: a view would keep what was cut off in memory.
+        def cut(x: Tensor, begin: int) -> Tensor:
+            return x[:, :, max(start - begin, 0) : max(stop - begin, 0)].clone()
 
-        self.first = cut(0)(self.first)
+        self.first, self.last = cut(self.first, 0), cut(self.last, n_first + n_middle)
         if self.middle is not None:
-            middle = self.middle.map(cut(a))
-            self.middle = middle if middle.codes.shape[-2] else None
-        self.last = cut(a + m)(self.last)
+            begin, end = max(start - n_first, 0), min(stop - n_first, n_middle)
+            self._keep_middle(self.skipped + begin, self.skipped + max(end, begin))
+
+    def _keep_middle(self, start: int, stop: int) -> None:
+        """Forget all but the tokens ``start`` to ``stop`` of the blocks; those of a block cut short become numbers."""
+        assert self.middle is not None
+        block = self.storage.block
+        whole = slice(start // block, max(stop // block, start // block))
+        left_over = max(start, whole.stop * block)
+        if left_over < stop:
+            numbers = self._read_middle()[:, :, left_over - self.skipped : stop - self.skipped]
+            self.last = torch.cat([numbers.to(self.held_dtype), self.last], dim=2)
+        middle = self.middle.map(lambda t: t[:, :, whole].clone())
+        self.middle, self.skipped = (middle, start % block) if whole.stop > whole.start else (None, 0)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace each tensor by ``change`` of it: rows of the batch chosen, or another device."""
@@ -122,7 +152,7 @@ class TokenStore:
     def nbytes(self) -> int:
         """Bytes of memory behind the tensors."""
         held = [self.first, self.last, *([] if self.middle is None else self.middle.tensors)]
-        return sum(storage.nbytes() for storage in {s.data_ptr(): s for s in (t.untyped_storage() for t in held)}.values())
+        return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in held)}.values())
 
     @property
     def nbytes_16bit(self) -> int:
@@ -303,9 +333,14 @@ class QuantizedKVCache(Cache):
         self._known_shapes = _shapes(text)
 
     def _storage(self, layer: int) -> tuple[Storage, Storage]:
-        k_bits, v_bits = self.config.of_layer(layer)
-        tokens = (self.config.sinks, self.config.recent)
-        return Storage(k_bits, self.config.rotate and k_bits < 8, *tokens), Storage(v_bits, False, *tokens)
+        c, (k_bits, v_bits) = self.config, self.config.of_layer(layer)
+
+        def storage(bits: int, **layout: Any) -> Storage:
+            return Storage(bits, c.sinks, c.recent if bits < 8 else 0, **layout)
+
+        by_channel = c.key_scales == "channel" and k_bits < 8
+        layout = {"block": GROUP} if by_channel else {"rotated": c.rotate and k_bits < 16}
+        return storage(k_bits, **layout), storage(v_bits, rotated=c.rotate and v_bits < 8)
 
     @property
     def quantized_layers(self) -> list[QuantizedLayer]:
