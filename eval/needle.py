@@ -32,7 +32,7 @@ def plot(cells: list[Cell], path: Path) -> None:
     from matplotlib.figure import Figure
 
     caches = list(dict.fromkeys(c.kv for c in cells))
-    contexts, depths = (list(dict.fromkeys(values)) for values in zip(*((c.context, c.depth) for c in cells), strict=True))
+    contexts, depths = list(dict.fromkeys(c.context for c in cells)), list(dict.fromkeys(c.depth for c in cells))
     figure = Figure(figsize=(3 + 3 * len(caches), 4), layout="constrained")
     for axes, kv in zip(figure.subplots(1, len(caches), squeeze=False)[0], caches, strict=True):
         share = {(c.depth, c.context): c.right / c.trials for c in cells if c.kv == kv}

@@ -158,7 +158,7 @@ class KVCacheConfig:
         choices=KEY_SCALES,
     )
     rotate: bool = option(
-        True, "rotate heads by a Hadamard matrix: keys with scales by token, values below 8 bits; flattens large columns"
+        True, "rotate heads by a Hadamard matrix (keys with scales by token, values below 8 bits): evens out columns"
     )
     sinks: int = option(4, "first tokens of a text that stay in 16 bits; attention leans on them")
     recent: int = option(64, "last tokens of a text that stay in 16 bits, where the rest has fewer than 8")

@@ -107,7 +107,8 @@ def dequantize_rows(rows: QuantizedRows, dtype: torch.dtype = torch.float32) -> 
         return ((codes - 128.0)[..., None, :] * scale).flatten(-2).to(dtype)
     padded = pad(codes, (0, -rows.width % GROUP)).unflatten(-1, (-1, GROUP))
     zero = rows.zero.float()[..., None] * (((1 << rows.bits) - 1) / 255)
-    return ((padded - zero) * scale).flatten(-2)[..., : rows.width].to(dtype)
+    numbers: Tensor = ((padded - zero) * scale).flatten(-2)
+    return numbers[..., : rows.width].to(dtype)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -116,7 +117,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes.contiguous()
     share = 8 // bits
     parts = pad(codes, (0, -codes.shape[-1] % share)).unflatten(-1, (-1, share))
-    out = parts[..., 0].clone()
+    out: Tensor = parts[..., 0].clone()
     for i in range(1, share):
         out |= parts[..., i] << (i * bits)
     return out
@@ -153,4 +154,5 @@ def rotate(x: Tensor) -> Tensor:
     # H of a*b columns is the Kronecker product of H of a and H of b, and two small products take a fraction of one.
     a = 1 << (width.bit_length() - 1) // 2
     left, right = hadamard(a).to(x.device), hadamard(width // a).to(x.device)
-    return (left @ x.float().unflatten(-1, (-1, a, width // a)) @ right).flatten(-3)
+    turned: Tensor = left @ x.float().unflatten(-1, (-1, a, width // a)) @ right
+    return turned.flatten(-3)

@@ -80,7 +80,9 @@ class Haystack:
         Raises ValueError for fewer than ``MIN_CONTEXT`` tokens or a depth out of range.
         """
         if context < MIN_CONTEXT or not 0 <= depth <= 1:
-            raise ValueError(f"context is {context}, depth {depth}: use at least {MIN_CONTEXT} tokens and a depth of 0 to 1")
+            raise ValueError(
+                f"context is {context}, depth {depth}: use at least {MIN_CONTEXT} tokens and a depth of 0 to 1"
+            )
         draw = random.Random(f"{context} {depth} {seed}")
         keys = self._keys(draw)
         needle, question = self._ids(NEEDLE.format(key=keys[0])), self._ids(QUESTION)
@@ -112,7 +114,8 @@ def log_likelihoods(model: Any, trial: Trial, kv: KVFeed) -> Tensor:
         rest = model(input_ids=trial.answers[:, :-1], past_key_values=cache, use_cache=True).logits
         logits = torch.cat([logits, rest], dim=1)
     logp = logits.double().log_softmax(-1)
-    return logp.gather(-1, trial.answers[..., None])[..., 0].sum(1)
+    total: Tensor = logp.gather(-1, trial.answers[..., None])[..., 0].sum(1)
+    return total
 
 
 def measure(

@@ -39,8 +39,8 @@ class CacheMemory:
     nbytes_16bit: int
 
     def __str__(self) -> str:
-        mb, full = self.nbytes / 1e6, self.nbytes_16bit / 1e6
-        return f"{mb:.2f} MB after {self.tokens} tokens, {self.nbytes / self.nbytes_16bit:.3f} of {full:.2f} MB at 16 bits"
+        share, full = self.nbytes / self.nbytes_16bit, self.nbytes_16bit / 1e6
+        return f"{self.nbytes / 1e6:.2f} MB after {self.tokens} tokens, {share:.3f} of {full:.2f} MB at 16 bits"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,16 +1,14 @@
 """QuantizedKVCache: transformers' Cache with keys and values in 8, 4 or 2 bits, for any model with attention layers.
 
-A layer holds its tokens in three parts: the first (``sinks``) and the last ones (``recent``) in 16 bits, those between
-as codes. Values have scales by token, below 8 bits after a rotation. So have keys of 8 bits; keys of fewer bits have
-scales by channel (KIVI, arXiv 2402.02750): a block of ``GROUP`` tokens shares one for each column, so that the few
-columns that are far larger than the others do not cost those their precision. ``update`` returns all tokens as numbers,
-rotated back, so any attention implementation works.
+Values have scales by token, below 8 bits after a rotation. So have keys of 8 bits; keys of fewer bits have scales by
+channel (KIVI, arXiv 2402.02750): a block of ``GROUP`` tokens shares one for each column, so that the few columns that
+are far larger than the others do not cost those their precision. ``update`` returns all tokens as numbers, rotated
+back, so any attention implementation works.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,146 +17,13 @@ from transformers import Cache
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin, get_layer_types_and_kwargs
 
 from llmq.config import KVCacheConfig
-from llmq.kv_quant import GROUP, QuantizedRows, dequantize_rows, quantize_rows, rotate
+from llmq.kv_quant import GROUP
+from llmq.runtime.token_store import Storage, TokenStore
 
 WINDOWED = ("sliding_attention", "chunked_attention")
 # Types of layers that are quantized here, and those that hold nothing that grows and stay transformers' own.
 QUANTIZED = ("full_attention", *WINDOWED)
 WITHOUT_KEYS = ("linear_attention", "conv", "dummy")
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How keys or values are held. ``bits`` 16: as the model gives them. ``block``: tokens that are quantized together,
-    a scale for each column of them; 1: each token by itself."""
-
-    bits: int
-    sinks: int = 0
-    recent: int = 0
-    rotated: bool = False
-    block: int = 1
-
-    def quantize(self, x: Tensor) -> QuantizedRows:
-        """Codes of ``x`` [B, H, n * block, D]; their dimension 2 counts blocks."""
-        x = rotate(x) if self.rotated else x
-        return quantize_rows(x if self.block == 1 else x.unflatten(2, (-1, self.block)).mT, self.bits)
-
-    def dequantize(self, rows: QuantizedRows) -> Tensor:
-        """The numbers f32[B, H, n * block, D] behind ``rows``."""
-        x = dequantize_rows(rows)
-        x = x if self.block == 1 else x.mT.flatten(2, 3)
-        return rotate(x) if self.rotated else x
-
-
-class TokenStore:
-    """The keys, or the values, of one layer: f[B, H, T, D] in three parts, oldest token first.
-
-    Attributes:
-        first: tokens at positions below ``sinks``, as long as they are held.
-        middle: codes of the tokens between, whole blocks; None as long as there are none.
-        skipped: tokens at the start of ``middle`` that are forgotten.
-        last: the newest tokens, ``recent`` of them and less than a block, unless fewer are held or ``keep`` cut.
-    """
-
-    def __init__(self, storage: Storage, like: Tensor) -> None:
-        self.storage, self.dtype, self.device = storage, like.dtype, like.device
-        # 16 bits of a float32 model are its float32 numbers, unless the rest is quantized and memory is the point.
-        wide = storage.bits < 16 and like.dtype.itemsize > 2
-        self.held_dtype = torch.float16 if wide else like.dtype
-        batch, heads, _, dim = like.shape
-        self.first = self.last = like.new_empty(batch, heads, 0, dim, dtype=self.held_dtype)  # not a view of `like`
-        self.middle: QuantizedRows | None = None
-        self.skipped = 0
-
-    @property
-    def lengths(self) -> tuple[int, int, int]:
-        """Tokens in each part."""
-        middle = 0 if self.middle is None else self.middle.codes.shape[2] * self.storage.block - self.skipped
-        return self.first.shape[2], middle, self.last.shape[2]
-
-    def __len__(self) -> int:
-        return sum(self.lengths)
-
-    def _read_middle(self) -> Tensor:
-        if self.middle is None:
-            return self.last[:, :, :0].to(self.dtype)
-        return self.storage.dequantize(self.middle)[:, :, self.skipped :].to(self.dtype)
-
-    def read(self) -> Tensor:
-        """All tokens, [B, H, T, D] in the model's type."""
-        return torch.cat([self.first.to(self.dtype), self._read_middle(), self.last.to(self.dtype)], dim=2)
-
-    def append(self, x: Tensor, position: int) -> None:
-        """Hold ``x`` [B, H, n, D], whose first token stands at ``position`` of the text.
-
-        Raises ValueError, with nothing changed, if ``x`` overflows what it is held in.
-        """
-        s, x = self.storage, x.detach()
-        if s.bits == 16:
-            self.last = torch.cat([self.last, x], dim=2)
-            return
-        n_first = min(max(s.sinks - position, 0), x.shape[2])
-        first, rest = torch.cat([self.first, self._narrow(x[:, :, :n_first])], dim=2), x[:, :, n_first:]
-        # Tokens that leave `last` at once are quantized from what the model gave.
-        over = max(self.last.shape[2] + rest.shape[2] - s.recent, 0) // s.block * s.block
-        old = min(over, self.last.shape[2])
-        leaving = torch.cat([self.last[:, :, :old].to(x.dtype), rest[:, :, : over - old]], dim=2)
-        last = torch.cat([self.last[:, :, old:], self._narrow(rest[:, :, over - old :])], dim=2)
-        if over:
-            rows = s.quantize(leaving)
-            self.middle = rows if self.middle is None else self.middle.join(rows, dim=2)
-        self.first, self.last = first, last
-
-    def _narrow(self, x: Tensor) -> Tensor:
-        narrow = x.to(self.held_dtype)
-        if narrow.dtype != x.dtype and not bool(narrow.isfinite().all()):
-            raise ValueError(
-                f"a key or value of {float(x.abs().max()):.3g} does not fit the float16 in which this cache holds its "
-                "sinks and recent tokens; load the model in bfloat16, or use 16 bits for this cache"
-            )
-        return narrow
-
-    def keep(self, start: int, stop: int) -> None:
-        """Forget all but the tokens ``start`` to ``stop`` (exclusive) of those held."""
-        n_first, n_middle, _ = self.lengths
-
-        # Copied: a view would keep what was cut off in memory.
-        def cut(x: Tensor, begin: int) -> Tensor:
-            return x[:, :, max(start - begin, 0) : max(stop - begin, 0)].clone()
-
-        self.first, self.last = cut(self.first, 0), cut(self.last, n_first + n_middle)
-        if self.middle is not None:
-            begin, end = max(start - n_first, 0), min(stop - n_first, n_middle)
-            self._keep_middle(self.skipped + begin, self.skipped + max(end, begin))
-
-    def _keep_middle(self, start: int, stop: int) -> None:
-        """Forget all but the tokens ``start`` to ``stop`` of the blocks; those of a block cut short become numbers."""
-        assert self.middle is not None
-        block = self.storage.block
-        whole = slice(start // block, max(stop // block, start // block))
-        left_over = max(start, whole.stop * block)
-        if left_over < stop:
-            numbers = self._read_middle()[:, :, left_over - self.skipped : stop - self.skipped]
-            self.last = torch.cat([numbers.to(self.held_dtype), self.last], dim=2)
-        middle = self.middle.map(lambda t: t[:, :, whole].clone())
-        self.middle, self.skipped = (middle, start % block) if whole.stop > whole.start else (None, 0)
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace each tensor by ``change`` of it: rows of the batch chosen, or another device."""
-        self.first, self.last = change(self.first), change(self.last)
-        self.middle = None if self.middle is None else self.middle.map(change)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory behind the tensors."""
-        held = [self.first, self.last, *([] if self.middle is None else self.middle.tensors)]
-        return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in held)}.values())
-
-    @property
-    def nbytes_16bit(self) -> int:
-        """Bytes that the same tokens take at 16 bits a number."""
-        batch, heads, _, dim = self.last.shape
-        return 2 * batch * heads * dim * len(self)
 
 
 class QuantizedLayer(CacheLayerMixin):
@@ -303,7 +168,7 @@ class QuantizedLayer(CacheLayerMixin):
 
 
 class QuantizedKVCache(Cache):
-    """Keys and values of a model in few bits; ``generate(..., past_key_values=QuantizedKVCache(config, model.config))``.
+    """Keys and values of a model in few bits: ``generate(..., past_key_values=QuantizedKVCache("8", model.config))``.
 
     Sinks and recent tokens are counted in columns: in a batch that is padded on the left, a padded row's first columns
     are padding and its first tokens are quantized like any other.
@@ -426,7 +291,8 @@ def _check_layers(config: KVCacheConfig, types: list[str]) -> None:
 def _shapes(text: Any) -> dict[str, set[int]]:
     """Heads and head sizes that keys of a model can have, by every name that configurations use."""
     named = {k: v for k, v in text.to_dict().items() if isinstance(v, int) and not isinstance(v, bool)}
-    heads = {v for k, v in named.items() if k in ("num_attention_heads", "n_head", "num_heads") or "key_value_heads" in k}
+    queries = ("num_attention_heads", "n_head", "num_heads")
+    heads = {v for k, v in named.items() if k in queries or "key_value_heads" in k}
     dims = {v for k, v in named.items() if "head_dim" in k}
     if "hidden_size" in named and "num_attention_heads" in named and "head_dim" not in named:
         dims.add(named["hidden_size"] // named["num_attention_heads"])
