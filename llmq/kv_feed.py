@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,9 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.calibration import stdlib_text
 from llmq.config import KEY_SCALES, KVCacheConfig
+from llmq.kv_budget import choose, parse_bytes
 from llmq.runtime.quantized_cache import QuantizedKVCache
 from llmq.score import CacheMemory
+
+MAX_CONTEXT = 8192  # for which a budget counts where nothing else is asked for
+PROBE_TOKENS = 1024  # on which the error of a layer is measured
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-sinks", type=int, default=defaults.sinks, metavar="N", help=text)
     text = f"last tokens in 16 bits, where the rest has fewer than 8 (default {defaults.recent})"
     group.add_argument("--kv-recent", type=int, default=defaults.recent, metavar="N", help=text)
+    text = "instead of --kv-bits: bits for each layer, so that the cache of --kv-context tokens takes at most this"
+    group.add_argument("--kv-budget", metavar="200M", help=text)
+    text = f"tokens (default: the model's context, at most {MAX_CONTEXT})"
+    group.add_argument("--kv-context", type=int, metavar="N", help=text)
 
 
 def parse(text: str, args: argparse.Namespace) -> KVFeed:
@@ -78,5 +88,25 @@ def parse(text: str, args: argparse.Namespace) -> KVFeed:
 
 
 def from_args(args: argparse.Namespace) -> KVFeed | None:
-    """The feed that ``args`` ask for, None without --kv-bits."""
-    return None if args.kv_bits is None else parse(args.kv_bits, args)
+    """The feed that ``args`` ask for; with --kv-budget its bits are still to be chosen; None without either."""
+    if args.kv_budget is None:
+        return None if args.kv_bits is None else parse(args.kv_bits, args)
+    if args.kv_bits is not None:
+        raise ValueError(f"--kv-bits {args.kv_bits} and --kv-budget {args.kv_budget} exclude each other; give one")
+    parse_bytes(args.kv_budget)
+    if args.kv_context is not None and args.kv_context < 1:
+        raise ValueError(f"kv-context is {args.kv_context}; it counts tokens: at least 1")
+    return parse("2", args)
+
+
+def within_budget(kv: KVFeed, args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[KVFeed, str]:
+    """(``kv`` with the bits that --kv-budget allows each layer, the table of them), measured on Python's documentation.
+
+    Raises ValueError naming the sizes if not even 2 bits fit.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_CONTEXT
+    text = "\n\n".join(itertools.islice(stdlib_text.texts(), 40))
+    ids = tokenizer(text, verbose=False)["input_ids"][: min(PROBE_TOKENS, limit)]
+    context = args.kv_context or min(limit, MAX_CONTEXT)
+    choice = choose(model, torch.tensor(ids), parse_bytes(args.kv_budget), context, kv.config)
+    return replace(kv, config=choice.config), choice.table()

@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.score",
         "llmq.logits",
         "llmq.kv_feed",
+        "llmq.kv_budget",
         "llmq.needle",
         "llmq.evaluation",
     ),

@@ -86,6 +86,9 @@ def test_the_command_prints_protocol_and_memory(
         (["--kv-bits", "k8"], "kv bits 'k8' are not of the form"),
         (["--kv-bits", "8", "--kv-chunk", "0"], "kv-chunk is 0"),
         (["--kv-bits", "8", "--kv-sinks", "-1"], "sinks is -1"),
+        (["--kv-bits", "8", "--kv-budget", "1M"], "exclude each other"),
+        (["--kv-budget", "much"], "no size of a cache"),
+        (["--kv-budget", "1M", "--kv-context", "0"], "kv-context is 0"),
     ],
 )
 def test_wrong_options_end_before_the_model_is_found(
@@ -93,3 +96,19 @@ def test_wrong_options_end_before_the_model_is_found(
 ) -> None:
     assert main(["--model", "/no/such/model", "--dataset", "/no/such/text", *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_budget_chooses_bits_for_each_layer(
+    tiny_model: Tiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out.json"
+    text.write_text(TEXT, encoding="utf-8")
+    argv = ["--model", str(tiny_model("llama")), "--dataset", str(text), "--seqlen", "400", "--max-windows", "1"]
+    argv += ["--kv-recent", "0", "--kv-context", "400", "--json", str(out)]
+    assert main([*argv, "--kv-budget", "25K"]) == 0
+    assert "KV cache of 400 tokens: 0.0" in capsys.readouterr().out
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert len(found["kv"]["layers"]) == 2
+    assert 17_000 < found["kv_cache"]["nbytes"] <= 25_000
+    assert main([*argv, "--kv-budget", "1K"]) == 2
+    assert "the least there is" in capsys.readouterr().err

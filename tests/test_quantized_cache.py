@@ -90,6 +90,7 @@ class NaiveLayer:
 
     def seen(self, x: Tensor, new: Tensor, bits: int, *, keys: bool) -> Tensor:
         n, by_channel = x.shape[2], keys and bits < 8 and self.c.key_scales == "channel"
+        by_channel &= self.window is None or self.window > 2 * GROUP
         recent = self.c.recent if bits < 8 else 0
         block = GROUP if by_channel else 1
         end = self.c.sinks + max(n - self.c.sinks - recent, 0) // block * block
@@ -118,7 +119,7 @@ class NaiveLayer:
         return keys, values
 
 
-@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("window", [None, 70, 180])
 @pytest.mark.parametrize("bits", ["k4v8", "k8v4", "2"])
 @pytest.mark.parametrize(("key_scales", "rotate"), [("channel", True), ("token", True), ("token", False)])
 @pytest.mark.parametrize(("sinks", "recent"), [(2, 5), (0, 0), (4, 100), (30, 3)])
@@ -126,7 +127,7 @@ def test_states_are_those_of_a_naive_cache(
     sinks: int, recent: int, key_scales: str, rotate: bool, bits: str, window: int | None, load: Load
 ) -> None:
     model_config = copy.deepcopy(load("gemma3").config)
-    model_config.sliding_window = 70
+    model_config.sliding_window = window or 70
     index = model_config.layer_types.index("full_attention" if window is None else "sliding_attention")
     k_bits, v_bits = KVCacheConfig.parse(bits).of_layer(0)
     config = KVCacheConfig(k_bits, v_bits, key_scales=key_scales, rotate=rotate, sinks=sinks, recent=recent)

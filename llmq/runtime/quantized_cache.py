@@ -2,7 +2,8 @@
 
 Values have scales by token, below 8 bits after a rotation. So have keys of 8 bits; keys of fewer bits have scales by
 channel (KIVI, arXiv 2402.02750): a block of ``GROUP`` tokens shares one for each column, so that the few columns that
-are far larger than the others do not cost those their precision. ``update`` returns all tokens as numbers, rotated
+are far larger than the others do not cost those their precision (not in windows of 2 * ``GROUP`` tokens or less).
+``update`` returns all tokens as numbers, rotated
 back, so any attention implementation works.
 """
 
@@ -192,18 +193,20 @@ class QuantizedKVCache(Cache):
             if kind in WITHOUT_KEYS:
                 layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
             else:
-                layers.append(QuantizedLayer(*self._storage(i), options.get("sliding_window")))
+                window = options.get("sliding_window")
+                layers.append(QuantizedLayer(*self._storage(i, window), window))
         super().__init__(layers=layers)
         self.max_length: int | None = getattr(text, "max_position_embeddings", None)
         self._known_shapes = _shapes(text)
 
-    def _storage(self, layer: int) -> tuple[Storage, Storage]:
+    def _storage(self, layer: int, window: int | None) -> tuple[Storage, Storage]:
         c, (k_bits, v_bits) = self.config, self.config.of_layer(layer)
 
         def storage(bits: int, **layout: Any) -> Storage:
             return Storage(bits, c.sinks, c.recent if bits < 8 else 0, **layout)
 
-        by_channel = c.key_scales == "channel" and k_bits < 8
+        # A window of hardly more than a block would never fill one.
+        by_channel = c.key_scales == "channel" and k_bits < 8 and (window is None or window > 2 * GROUP)
         layout = {"block": GROUP} if by_channel else {"rotated": c.rotate and k_bits < 16}
         return storage(k_bits, **layout), storage(v_bits, rotated=c.rotate and v_bits < 8)
 

@@ -1,4 +1,4 @@
-"""TokenStore: the keys, or the values, of one layer; the first and the last tokens in 16 bits, those between as codes."""
+"""TokenStore: the keys, or the values, of one layer: the first and last tokens in 16 bits, those between as codes."""
 
 from __future__ import annotations
 
