@@ -14,17 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, CacheLayerMixin, get_layer_types_and_kwargs
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from llmq.config import KVCacheConfig
 from llmq.kv_quant import GROUP
 from llmq.runtime.token_store import Storage, TokenStore
-
-WINDOWED = ("sliding_attention", "chunked_attention")
-# Types of layers that are quantized here, and those that hold nothing that grows and stay transformers' own.
-QUANTIZED = ("full_attention", *WINDOWED)
-WITHOUT_KEYS = ("linear_attention", "conv", "dummy")
 
 
 class QuantizedLayer(CacheLayerMixin):
@@ -95,22 +90,20 @@ class QuantizedLayer(CacheLayerMixin):
                 store.keep(held - self.sliding_window + 1, held)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last ``-tokens_to_remove`` tokens.
+        """Drop the last ``-tokens_to_remove`` tokens; a positive number is how many to keep (transformers 5.0).
 
-        Raises ValueError for a positive number or more than are held, RuntimeError where a window has forgotten what a
+        Raises ValueError for more than are held, RuntimeError where a window has forgotten what a
         shorter text would need (see ``activate_past_recording``); the layer is then as before.
         """
-        count = -tokens_to_remove
-        self.check_crop(count)
+        count = self.check_crop(tokens_to_remove)
         for store in self.stores:
             store.keep(0, len(store) - count)
         self.cumulative_length -= count
         self._trim()
 
-    def check_crop(self, count: int) -> None:
-        """Raise as ``crop`` does where ``count`` tokens cannot be removed."""
-        if count < 0:
-            raise ValueError(f"crop({-count}): give the number of tokens to remove as a negative number")
+    def check_crop(self, tokens_to_remove: int) -> int:
+        """How many tokens ``crop`` would remove. Raises as it does."""
+        count = -tokens_to_remove if tokens_to_remove <= 0 else max(self.cumulative_length - tokens_to_remove, 0)
         if count > self.cumulative_length:
             raise ValueError(f"cannot remove {count} tokens from a cache of {self.cumulative_length}")
         held = len(self.stores[0]) if self.stores else 0
@@ -120,6 +113,7 @@ class QuantizedLayer(CacheLayerMixin):
                 f"cannot remove {count} tokens: the window of {self.sliding_window} needs {needed} tokens before them "
                 f"and {held - count} are held; call activate_past_recording() before the tokens are processed"
             )
+        return count
 
     def activate_past_recording(self) -> None:
         """Keep what the window passes until the next ``crop``."""
@@ -186,15 +180,12 @@ class QuantizedKVCache(Cache):
     def __init__(self, config: KVCacheConfig | str, model_config: Any) -> None:
         self.config = KVCacheConfig.parse(config) if isinstance(config, str) else config
         text = model_config.get_text_config(decoder=True)
-        types, arguments = get_layer_types_and_kwargs(text)
-        _check_layers(self.config, types)
-        layers: list[Any] = []
-        for i, (kind, options) in enumerate(zip(types, arguments, strict=True)):
-            if kind in WITHOUT_KEYS:
-                layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**options))
-            else:
-                window = options.get("sliding_window")
-                layers.append(QuantizedLayer(*self._storage(i, window), window))
+        layers: list[Any] = DynamicCache(config=text).layers
+        _check_layers(self.config, layers)
+        for i, own in enumerate(layers):
+            if isinstance(own, DynamicLayer):  # others hold no keys and stay transformers' own
+                window = getattr(own, "sliding_window", None)
+                layers[i] = QuantizedLayer(*self._storage(i, window), window)
         super().__init__(layers=layers)
         self.max_length: int | None = getattr(text, "max_position_embeddings", None)
         self._known_shapes = _shapes(text)
@@ -269,7 +260,7 @@ class QuantizedKVCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last ``-tokens_to_remove`` tokens of every layer, or raise as a layer's ``crop`` and change none."""
         for layer in self.quantized_layers:
-            layer.check_crop(-tokens_to_remove)
+            layer.check_crop(tokens_to_remove)
         super().crop(tokens_to_remove)
 
     def __repr__(self) -> str:
@@ -277,26 +268,26 @@ class QuantizedKVCache(Cache):
         return f"QuantizedKVCache({self.config}, {len(self.layers)} layers, {held})"
 
 
-def _check_layers(config: KVCacheConfig, types: list[str]) -> None:
-    if config.layers and len(config.layers) != len(types):
+def _check_layers(config: KVCacheConfig, layers: list[Any]) -> None:
+    if config.layers and len(config.layers) != len(layers):
         raise ValueError(
-            f"the cache's configuration names the bits of {len(config.layers)} layers, the model has {len(types)}; "
+            f"the cache's configuration names the bits of {len(config.layers)} layers, the model has {len(layers)}; "
             "leave layers empty to give all of them the same"
         )
-    others = sorted(set(types) - {*QUANTIZED, *WITHOUT_KEYS})
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    others = sorted({type(x).__name__ for x in layers if isinstance(x, CacheLayerMixin) and type(x) not in known})
     if others:
         raise ValueError(
-            f"the model has layers of type {', '.join(others)}; a quantized cache knows "
-            f"{', '.join([*QUANTIZED, *WITHOUT_KEYS])}: use transformers' DynamicCache for this model"
+            f"the model's cache has layers of class {', '.join(others)}; a quantized cache knows "
+            f"{' and '.join(k.__name__ for k in known)}: use transformers' DynamicCache for this model"
         )
 
 
 def _shapes(text: Any) -> dict[str, set[int]]:
-    """Heads and head sizes that keys of a model can have, by every name that configurations use."""
+    """Heads and head sizes that keys of a model can have; nothing of what its configuration does not spell out."""
     named = {k: v for k, v in text.to_dict().items() if isinstance(v, int) and not isinstance(v, bool)}
-    queries = ("num_attention_heads", "n_head", "num_heads")
-    heads = {v for k, v in named.items() if k in queries or "key_value_heads" in k}
-    dims = {v for k, v in named.items() if "head_dim" in k}
-    if "hidden_size" in named and "num_attention_heads" in named and "head_dim" not in named:
-        dims.add(named["hidden_size"] // named["num_attention_heads"])
-    return {name: known for name, known in (("heads", heads), ("head_dim", dims)) if known}
+    if "kv_lora_rank" in named:  # latent attention: its keys are put together from parts
+        return {}
+    names = {"heads": "key_value_heads", "head_dim": "head_dim"}
+    known = {name: {v for k, v in named.items() if part in k} for name, part in names.items()}
+    return {name: sizes for name, sizes in known.items() if sizes}
