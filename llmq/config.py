@@ -161,7 +161,7 @@ class KVCacheConfig:
         True, "rotate heads by a Hadamard matrix (keys with scales by token, values below 8 bits): evens out columns"
     )
     sinks: int = option(4, "first tokens of a text that stay in 16 bits; attention leans on them")
-    recent: int = option(64, "last tokens of a text that stay in 16 bits, where the rest has fewer than 8")
+    recent: int = option(32, "last tokens of a text that stay in 16 bits, where the rest has fewer than 8")
     layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -179,7 +179,9 @@ class KVCacheConfig:
         return _kv_bits(self.layers[layer]) if self.layers else (self.k_bits, self.v_bits)
 
     def __str__(self) -> str:
-        """``8`` when keys and values have the same bits, else ``k8v4``."""
+        """``8`` when keys and values have the same bits, else ``k8v4``; ``by layer`` where layers have their own."""
+        if self.layers:
+            return "by layer"
         return str(self.k_bits) if self.k_bits == self.v_bits else f"k{self.k_bits}v{self.v_bits}"
 
     @classmethod
