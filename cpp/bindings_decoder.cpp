@@ -4,6 +4,7 @@
 
 #include "bindings.h"
 #include "dispatch.h"
+#include "engine/attention.h"
 #include "engine/decoder.h"
 
 namespace py = pybind11;
@@ -79,9 +80,43 @@ void bind_spec(py::module_& m) {
   vector_field(spec, "final_norm", &DecoderSpec::final_norm);
 }
 
+KvType kv_type(int bits) {
+  for (int type = 0; type < kKvTypes; ++type) {
+    if (kv_bits(static_cast<KvType>(type)) == bits) return static_cast<KvType>(type);
+  }
+  throw std::invalid_argument(std::to_string(bits) + " bits of a key or value cannot be stored");
+}
+
+// Attention of the last `count` of `length` tokens, as one layer of a decoder computes it.
+void attend(Address q, Address k, Address v, std::int64_t count, std::int64_t length, std::int64_t heads,
+            std::int64_t kv_heads, std::int64_t head_dim, std::pair<int, int> bits, std::int64_t window, float softcap,
+            Address out) {
+  const KvTypes types{kv_type(bits.first), kv_type(bits.second)};
+  const py::gil_scoped_release unlocked;
+  const KernelTable& table = current_table();
+  Sequence sequence({.heads = kv_heads, .head_dim = head_dim, .layers = {types}});
+  sequence.reserve(length);
+  for (std::int64_t t = 0; t < length; ++t) {
+    const std::int64_t first = t * kv_heads * head_dim;
+    sequence.append(table, 0, t, at<const float>(k) + first, at<const float>(v) + first);
+  }
+  attend_slices(table, {{.sequence = &sequence, .first = 0, .count = count, .start = length - count}},
+                {.layer = 0,
+                 .heads = heads,
+                 .kv_heads = kv_heads,
+                 .head_dim = head_dim,
+                 .window = window,
+                 .softcap = softcap,
+                 .q = at<const float>(q),
+                 .q_stride = heads * head_dim,
+                 .out = at<float>(out)});
+}
+
 }  // namespace
 
 void bind_decoder(py::module_& m) {
+  m.def("attend", &attend, py::kw_only(), "q"_a, "k"_a, "v"_a, "count"_a, "length"_a, "heads"_a, "kv_heads"_a,
+        "head_dim"_a, "bits"_a, "window"_a, "softcap"_a, "out"_a);
   bind_matrix(m);
   bind_spec(m);
   py::class_<Sequence>(m, "Sequence", "Keys and values of one sequence.")
@@ -93,8 +128,12 @@ void bind_decoder(py::module_& m) {
       .def(py::init<DecoderSpec>(), "spec"_a)
       .def(
           "new_sequence",
-          [](const Decoder& d, bool full_floats) { return std::make_unique<Sequence>(d.kv_shape(full_floats)); },
-          py::kw_only(), "full_floats"_a)
+          [](const Decoder& d, const std::vector<std::pair<int, int>>& layers) {
+            std::vector<KvTypes> types;
+            for (const auto& [keys, values] : layers) types.push_back({kv_type(keys), kv_type(values)});
+            return std::make_unique<Sequence>(d.kv_shape(std::move(types)));
+          },
+          py::kw_only(), "layers"_a, "layers: bits of keys and of values, one pair a layer; 32 and 16 are floats")
       .def(
           "forward",
           [](const Decoder& d, Address ids, std::vector<std::int64_t> counts, std::vector<Sequence*> sequences,

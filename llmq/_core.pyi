@@ -105,9 +105,25 @@ class Sequence:
     def crop(self, length: int) -> None: ...
     def copy(self) -> Sequence: ...
 
+def attend(
+    *,
+    q: int,
+    k: int,
+    v: int,
+    count: int,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    bits: tuple[int, int],
+    window: int,
+    softcap: float,
+    out: int,
+) -> None: ...
+
 class Decoder:
     def __init__(self, spec: DecoderSpec) -> None: ...
-    def new_sequence(self, *, full_floats: bool) -> Sequence: ...
+    def new_sequence(self, *, layers: list[tuple[int, int]]) -> Sequence: ...
     def forward(
         self,
         *,

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from llmq import AutoModelForCausalLM, CalibConfig, QuantScheme, kernels, quantize_model, set_activation_bits
+from llmq.config import KVCacheConfig
 from llmq.models.families import FAMILIES
 from llmq.runtime.causal_lm import graph_class
 from llmq.runtime.native import NativeDecoder, Unsupported
@@ -136,19 +137,43 @@ def test_int8_activations_are_those_of_qlinear(folders, family: str) -> None:
     assert (1.01 * actual - expected).abs().max() > 1e-2  # one percent off would be seen in every row
 
 
+@pytest.mark.parametrize("kv", ["8", "k8v16", "k16v8"])
+@pytest.mark.parametrize("family", NATIVE)
+def test_logits_with_a_quantized_cache_are_near_those_without(folders, family: str, kv: str) -> None:
+    model = load(folders(family))
+    set_activation_bits(model, 16)
+    decoder = NativeDecoder.of(model)
+    rows, cuts = ids_of(150, 40), (101, 7)
+    first, second = ([r[:c] for r, c in zip(rows, cuts, strict=True)], [r[c:] for r, c in zip(rows, cuts, strict=True)])
+
+    def logits(config: KVCacheConfig | None) -> Tensor:
+        s = [decoder.new_sequence(kv=config) for _ in rows]
+        return torch.cat([decoder.forward(part, s, output="all") for part in (first, second)])
+
+    exact, rounded = logits(None), logits(KVCacheConfig.parse(kv))
+    # A code is off by at most 1 / 254 of the largest element beside it; through three layers that adds up to a few times
+    # as much at most, and to a hundredth of it at least.
+    difference = (rounded - exact).norm() / exact.norm()
+    assert 0.01 / 254 < difference < 6 / 254
+
+
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("kv", ["16", "8"])
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_one_token_or_many_and_any_number_of_threads_give_the_same_bits(folders, family: str, bits: int) -> None:
+def test_one_token_or_many_and_any_number_of_threads_give_the_same_bits(
+    folders, family: str, bits: int, kv: str
+) -> None:
     # Three parts of 128 keys. Without equal bits a guess that is checked beside others could be judged differently.
     model = load(folders(family))
     set_activation_bits(model, bits)
     decoder = NativeDecoder.of(model)
+    config = KVCacheConfig.parse(kv)
     [row] = ids_of(330)
-    together = decoder.forward([row], [decoder.new_sequence()], output="all")
+    together = decoder.forward([row], [decoder.new_sequence(kv=config)], output="all")
     for count in (1, 2, 3):
         kernels.set_num_threads(count)
-        s = decoder.new_sequence()
+        s = decoder.new_sequence(kv=config)
         pieces = [
             decoder.forward([row[:290]], [s], output="all"),
             decoder.forward([row[290:297]], [s], output="all"),
@@ -212,11 +237,18 @@ def test_rope_scaling(tiny_model, rope: dict[str, Any]) -> None:
     assert (actual - graph_logits(plain, row)).abs().max() <= TIMES_ROUNDING * rounding_of(plain, [row])
 
 
-def test_sequences_are_cropped_copied_and_grown_again(folders) -> None:
+@pytest.mark.parametrize(("kv", "nbytes"), [
+    # Pages of 64 tokens, keys and values of 2 heads of 16 columns, 3 layers: f16, or codes and f16 scales. Keys that are
+    # codes come in blocks of 32 columns.
+    ("16", 3 * 3 * 2 * 64 * (2 * 16 + 2 * 16)),
+    ("8", 3 * 3 * 2 * 64 * (32 + 2 + 16 + 2)),
+    ("k8v16", 3 * 3 * 2 * 64 * (32 + 2 + 2 * 16)),
+])  # fmt: skip
+def test_sequences_are_cropped_copied_and_grown_again(folders, kv: str, nbytes: int) -> None:
     model = load(folders("qwen3"))
     decoder = NativeDecoder.of(model)
     [row] = ids_of(140)
-    s = decoder.new_sequence()
+    s = decoder.new_sequence(kv=KVCacheConfig.parse(kv))
     assert (s.length, s.nbytes) == (0, 0)
     once = decoder.forward([row], [s])
     twin = s.copy()
@@ -228,8 +260,29 @@ def test_sequences_are_cropped_copied_and_grown_again(folders) -> None:
     assert s.length == 140
     with pytest.raises(ValueError, match=r"cannot crop a sequence of 140 tokens to 141"):
         s.crop(141)
-    # Keys and values of 2 heads, 16 wide, 3 layers, f16; pages of 64 tokens.
-    assert s.nbytes == 3 * 3 * 64 * 2 * 2 * 16 * 2
+    assert s.nbytes == nbytes
+
+
+def test_layers_differ_in_the_bits_of_their_cache(folders) -> None:
+    decoder = NativeDecoder.of(load(folders("llama")))
+    [row] = ids_of(64)
+    sizes = []
+    for layers in (("k16v8",) * 3, ("16", "k16v8", "16"), ("16",) * 3):
+        s = decoder.new_sequence(kv=KVCacheConfig(layers=layers))
+        assert decoder.forward([row], [s]).isfinite().all()
+        sizes.append(s.nbytes)
+    assert sizes[0] < sizes[1] < sizes[2]
+    with pytest.raises(ValueError, match=r"name 2 layers; the model has 3"):
+        decoder.new_sequence(kv=KVCacheConfig(layers=("8", "8")))
+
+
+def test_sequences_of_different_bits_share_a_step(folders) -> None:
+    decoder = NativeDecoder.of(load(folders("qwen3")))
+    rows = ids_of(70, 50)
+    configs = [KVCacheConfig.parse("8"), None]
+    together = decoder.forward(rows, [decoder.new_sequence(kv=c) for c in configs])
+    alone = [decoder.forward([r], [decoder.new_sequence(kv=c)]) for r, c in zip(rows, configs, strict=True)]
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_bad_input_is_an_error_and_leaves_the_sequence_alone(folders) -> None:

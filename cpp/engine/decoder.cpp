@@ -95,11 +95,11 @@ Decoder::Decoder(DecoderSpec spec) : spec_(std::move(spec)) {
   }
 }
 
-KvShape Decoder::kv_shape(bool full_floats) const {
-  return {.layers = static_cast<std::int64_t>(spec_.layers.size()),
-          .heads = spec_.kv_heads,
-          .head_dim = spec_.head_dim,
-          .full_floats = full_floats};
+KvShape Decoder::kv_shape(std::vector<KvTypes> layers) const {
+  require(layers.size() == spec_.layers.size(), "types of keys and values are given for " +
+                                                    std::to_string(layers.size()) + " layers; the model has " +
+                                                    std::to_string(spec_.layers.size()));
+  return {.heads = spec_.kv_heads, .head_dim = spec_.head_dim, .layers = std::move(layers)};
 }
 
 void Decoder::check(const Step& step) const {
@@ -111,10 +111,9 @@ void Decoder::check(const Step& step) const {
     const std::string at = "sequence " + std::to_string(i);
     require(seen.insert(&s).second, at + " is given twice");
     const KvShape& shape = s.shape();
-    const KvShape own = kv_shape(shape.full_floats);
-    require(shape.layers == own.layers && shape.heads == own.heads && shape.head_dim == own.head_dim,
+    require(shape.layers.size() == spec_.layers.size() && shape.heads == spec_.kv_heads &&
+                shape.head_dim == spec_.head_dim,
             at + " belongs to another model");
-    require(shape.full_floats == step.sequences[0]->shape().full_floats, at + " has another type of cache");
     require(step.counts[i] > 0, at + " gets no token; a prompt needs at least one");
     const std::int64_t length = s.length() + step.counts[i];
     require(length <= spec_.max_positions, at + " would hold " + std::to_string(length) +
@@ -242,7 +241,6 @@ void Decoder::attention(const KernelTable& table, const Chunk& chunk, std::int64
                  .head_dim = d,
                  .window = l.window,
                  .softcap = spec_.attention_softcap,
-                 .full_floats = chunk.slices[0].sequence->shape().full_floats,
                  .q = qkv,
                  .q_stride = stride,
                  .out = work.attended.row(0)});
@@ -260,16 +258,13 @@ void Decoder::store_keys(const KernelTable& table, const Chunk& chunk, std::int6
     table.rope(x, angles, angles + half, half, scale);
   };
   for (const Slice& s : chunk.slices) {
-    const auto append = table.append_kv[s.sequence->shape().full_floats];
     for_rows(s.count, stride, [&](std::int64_t t) noexcept {
       float* q = work.qkv.data() + (s.first + t) * stride;
       const float* angles = work.angles.data() + (l.rope * n + s.first + t) * 2 * half;
       for (std::int64_t i = 0; i < spec_.heads; ++i) turn(q + i * d, l.q_norm, angles, spec_.attention_scale);
       float* keys = q + spec_.heads * d;
-      for (std::int64_t i = 0; i < spec_.kv_heads; ++i) {
-        turn(keys + i * d, l.k_norm, angles, 1.0f);
-        append(s.sequence->view(layer, i), s.start + t, keys + i * d, keys + (spec_.kv_heads + i) * d);
-      }
+      for (std::int64_t i = 0; i < spec_.kv_heads; ++i) turn(keys + i * d, l.k_norm, angles, 1.0f);
+      s.sequence->append(table, layer, s.start + t, keys, keys + spec_.kv_heads * d);
     });
   }
 }

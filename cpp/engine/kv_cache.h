@@ -10,13 +10,47 @@
 
 namespace llmq {
 
-struct KvShape {
-  std::int64_t layers, heads, head_dim;
-  bool full_floats;  // f32 instead of f16
+struct KvTypes {
+  KvType keys, values;
+};
 
-  std::int64_t padded_dim() const { return (head_dim + kHeadPadding - 1) / kHeadPadding * kHeadPadding; }
-  std::int64_t head_elements() const { return kPageTokens * (head_dim + padded_dim()); }
-  std::int64_t page_bytes() const { return heads * head_elements() * (full_floats ? 4 : 2); }
+struct KvShape {
+  std::int64_t heads, head_dim;
+  std::vector<KvTypes> layers;
+};
+
+// The pages of one layer. A page holds kPageTokens tokens: for each head in turn the keys, the values, the scales of the
+// keys, the scales of the values, as KvRows describes them.
+class KvPages {
+ public:
+  struct Free {
+    void operator()(void* p) const;
+  };
+  using Page = std::unique_ptr<void, Free>;
+
+  KvPages(std::int64_t heads, std::int64_t head_dim, KvTypes types);
+
+  KvTypes types() const { return types_; }
+  std::int64_t bytes() const { return static_cast<std::int64_t>(pages_.size()) * page_bytes_; }
+
+  // The pages that `length` tokens need beyond those that are there. Throws std::bad_alloc.
+  std::vector<Page> missing(std::int64_t length) const;
+  void add(std::vector<Page> fresh);
+  // Forget the pages behind those of `length` tokens and `spare` more.
+  void shrink(std::int64_t length, std::size_t spare);
+  // Copies of all pages. Throws std::bad_alloc.
+  std::vector<Page> copies() const;
+
+  KvRows keys(std::int64_t head) const;
+  KvRows values(std::int64_t head) const;
+
+ private:
+  Page new_page() const;
+
+  std::int64_t head_dim_, padded_dim_;
+  KvTypes types_;
+  std::int64_t values_at_, key_scales_at_, value_scales_at_, head_bytes_, page_bytes_;
+  std::vector<Page> pages_;
 };
 
 class Sequence {
@@ -28,7 +62,11 @@ class Sequence {
   const KvShape& shape() const { return shape_; }
   std::int64_t length() const { return length_; }
   std::int64_t bytes() const;
+  const KvPages& layer(std::int64_t layer) const { return layers_[static_cast<std::size_t>(layer)]; }
 
+  // Store keys and values f32[heads, head_dim] of one token of one layer; there must be room for it.
+  void append(const KernelTable& table, std::int64_t layer, std::int64_t token, const float* keys,
+              const float* values) const;
   // Room for `length` tokens in every layer. Throws std::bad_alloc and leaves the sequence as it was.
   void reserve(std::int64_t length);
   // The tokens up to `length` count from now on; their keys and values have been stored.
@@ -36,21 +74,13 @@ class Sequence {
   // Forget the tokens behind `length`. Throws std::invalid_argument when there are not so many.
   void crop(std::int64_t length);
 
-  KvView view(std::int64_t layer, std::int64_t head) const;
-
   // Held while a step runs: two steps on one sequence would write the same pages.
   std::mutex busy;
 
  private:
-  struct Free {
-    void operator()(void* p) const;
-  };
-  using Page = std::unique_ptr<void, Free>;
-  Page new_page() const;
-
   KvShape shape_;
   std::int64_t length_ = 0;
-  std::vector<std::vector<Page>> pages_;  // [layer][page]
+  std::vector<KvPages> layers_;
 };
 
 }  // namespace llmq

@@ -86,6 +86,61 @@ def take_rows(t: QTensor, ids: Tensor) -> Tensor:
     return QTensor(t.q[ids], t.scale[ids], zero, t.scheme).dequantize()
 
 
+# Columns of a head that share a scale in the key/value cache: of a key, and of the query that it meets; of a value.
+KEY_GROUP = 32
+VALUE_GROUP = 128
+
+
+def round_kv(x: Tensor, bits: int, group: int) -> Tensor:
+    """Keys or values f32[..., D] as the cache holds them: 32 bits as they are, 16 a float16, 8 symmetric codes.
+
+    The scale of each token, head and ``group`` columns is amax / 127, a float16, rounded before the codes are made.
+    """
+    if bits >= 16:
+        return x if bits == 32 else x.half().float()
+    parts = []
+    for part in x.split(group, dim=-1):
+        scale = (part.abs().amax(-1, keepdim=True) / torch.tensor(127.0)).half().float()
+        codes = torch.where(scale > 0, part * (1.0 / scale), 0.0).round().clamp(-127, 127)
+        parts.append(codes * scale)
+    return torch.cat(parts, -1)
+
+
+def attention_weights(q: Tensor, k: Tensor, *, k_bits: int, window: int = 0, softcap: float = 0.0) -> Tensor:
+    """f32[H, T, L]: how much of each token goes into each row; arguments as in :func:`attend`."""
+    (count, heads, dim), (length, kv_heads, _) = q.shape, k.shape
+    if k_bits < 16:
+        codes, scale, _ = quantize_rows(q.reshape(-1, dim), KEY_GROUP)
+        q = (codes.float() * scale.repeat_interleave(KEY_GROUP, 1)[:, :dim]).view(q.shape)
+    keys = round_kv(k, k_bits, KEY_GROUP).repeat_interleave(heads // kv_heads, 1)
+    scores = torch.einsum("thd,lhd->htl", q, keys)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = torch.arange(length - count, length)[:, None] - torch.arange(length)
+    seen = (distance >= 0) & ((distance < window) if window else True)
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, *, k_bits: int, v_bits: int, window: int = 0, softcap: float = 0.0
+) -> Tensor:
+    """Attention of the last T of L tokens over all up to themselves.
+
+    Args:
+        q: f32[T, H, D], already scaled.
+        k, v: f32[L, H_kv, D]; H is a multiple of H_kv, neighbouring query heads share one.
+        k_bits, v_bits: how keys and values are cached (:func:`round_kv`); queries meet keys of 8 bits as int8.
+        window: tokens that a token sees, itself included; 0: all.
+        softcap: of the scores; 0: none.
+
+    Returns:
+        f32[T, H, D].
+    """
+    weights = attention_weights(q, k, k_bits=k_bits, window=window, softcap=softcap)
+    values = round_kv(v, v_bits, VALUE_GROUP).repeat_interleave(q.shape[1] // v.shape[1], 1)
+    return torch.einsum("htl,lhd->thd", weights, values)
+
+
 LOGIT_BLOCK = 256  # logits that the sampler looks at together
 
 
