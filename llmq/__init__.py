@@ -6,9 +6,10 @@ llmq folders.
 
 from transformers import AutoModelForCausalLM
 
-from llmq.config import AWQConfig, CalibConfig, GPTQConfig, QuantScheme
+from llmq.config import AWQConfig, CalibConfig, GPTQConfig, KVCacheConfig, QuantScheme
 from llmq.pipeline import QuantizationResult, quantize_model
 from llmq.qtensor import QTensor
+from llmq.runtime.causal_lm import set_kv_cache
 from llmq.runtime.hf import register as _register
 from llmq.runtime.qlinear import QEmbedding, QLinear, set_activation_bits
 
@@ -21,6 +22,7 @@ __all__ = [
     "AutoModelForCausalLM",
     "CalibConfig",
     "GPTQConfig",
+    "KVCacheConfig",
     "QEmbedding",
     "QLinear",
     "QTensor",
@@ -28,4 +30,5 @@ __all__ = [
     "QuantizationResult",
     "quantize_model",
     "set_activation_bits",
+    "set_kv_cache",
 ]

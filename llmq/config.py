@@ -179,6 +179,11 @@ class KVCacheConfig:
         k_bits, v_bits = _kv_bits(text)
         return cls(k_bits, v_bits)
 
+    @classmethod
+    def of(cls, kv: KVCacheConfig | str) -> KVCacheConfig:
+        """``kv`` itself, or the configuration that its text names."""
+        return kv if isinstance(kv, KVCacheConfig) else cls.parse(kv)
+
 
 def _kv_bits(text: str) -> tuple[int, int]:
     m = re.fullmatch(r"(\d+)|k(\d+)v(\d+)", text)

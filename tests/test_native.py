@@ -151,8 +151,8 @@ def test_logits_with_a_quantized_cache_are_near_those_without(folders, family: s
         return torch.cat([decoder.forward(part, s, output="all") for part in (first, second)])
 
     exact, rounded = logits(None), logits(KVCacheConfig.parse(kv))
-    # A code is off by at most 1 / 254 of the largest element beside it; through three layers that adds up to a few times
-    # as much at most, and to a hundredth of it at least.
+    # A code is off by at most 1 / 254 of the largest element beside it; through three layers that adds up to a few
+    # times as much at most, and to a hundredth of it at least.
     difference = (rounded - exact).norm() / exact.norm()
     assert 0.01 / 254 < difference < 6 / 254
 
@@ -238,8 +238,8 @@ def test_rope_scaling(tiny_model, rope: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(("kv", "nbytes"), [
-    # Pages of 64 tokens, keys and values of 2 heads of 16 columns, 3 layers: f16, or codes and f16 scales. Keys that are
-    # codes come in blocks of 32 columns.
+    # Pages of 64 tokens, keys and values of 2 heads of 16 columns, 3 layers: f16, or codes and f16 scales. Keys that
+    # are codes come in blocks of 32 columns.
     ("16", 3 * 3 * 2 * 64 * (2 * 16 + 2 * 16)),
     ("8", 3 * 3 * 2 * 64 * (32 + 2 + 16 + 2)),
     ("k8v16", 3 * 3 * 2 * 64 * (32 + 2 + 2 * 16)),

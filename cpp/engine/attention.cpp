@@ -24,8 +24,8 @@ struct Task {
   std::int64_t part = 0;  // where its parts are stored, when they are tasks of their own
 };
 
-// Sums of some rows over some keys: acc f32[rows, width] = sum of exp(score - max) * value, not divided by `sum` yet, so
-// that parts can be merged.
+// Sums of some rows over some keys: acc f32[rows, width] = sum of exp(score - max) * value, not divided by `sum` yet,
+// so that parts can be merged.
 struct Sums {
   float *acc, *max, *sum;
 

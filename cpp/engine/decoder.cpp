@@ -111,9 +111,9 @@ void Decoder::check(const Step& step) const {
     const std::string at = "sequence " + std::to_string(i);
     require(seen.insert(&s).second, at + " is given twice");
     const KvShape& shape = s.shape();
-    require(shape.layers.size() == spec_.layers.size() && shape.heads == spec_.kv_heads &&
-                shape.head_dim == spec_.head_dim,
-            at + " belongs to another model");
+    require(
+        shape.layers.size() == spec_.layers.size() && shape.heads == spec_.kv_heads && shape.head_dim == spec_.head_dim,
+        at + " belongs to another model");
     require(step.counts[i] > 0, at + " gets no token; a prompt needs at least one");
     const std::int64_t length = s.length() + step.counts[i];
     require(length <= spec_.max_positions, at + " would hold " + std::to_string(length) +

@@ -13,7 +13,9 @@ constexpr std::int64_t kAlignment = 64;
 
 std::int64_t round_up(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-std::size_t pages_of(std::int64_t length) { return static_cast<std::size_t>(round_up(length, kPageTokens) / kPageTokens); }
+std::size_t pages_of(std::int64_t length) {
+  return static_cast<std::size_t>(round_up(length, kPageTokens) / kPageTokens);
+}
 
 std::int64_t scale_bytes(KvType type, std::int64_t columns, std::int64_t group) {
   return kv_is_code(type) ? round_up(columns, group) / group * kPageTokens * 2 : 0;

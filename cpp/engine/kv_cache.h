@@ -19,8 +19,8 @@ struct KvShape {
   std::vector<KvTypes> layers;
 };
 
-// The pages of one layer. A page holds kPageTokens tokens: for each head in turn the keys, the values, the scales of the
-// keys, the scales of the values, as KvRows describes them.
+// The pages of one layer. A page holds kPageTokens tokens: for each head in turn the keys, the values, the scales of
+// the keys, the scales of the values, as KvRows describes them.
 class KvPages {
  public:
   struct Free {

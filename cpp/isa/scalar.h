@@ -86,9 +86,7 @@ struct Isa {
   struct Pairs {
     Ints first, second;
   };
-  static Pairs load_pairs(const std::int8_t* p) {
-    return {Ints{p[0], p[2], p[4], p[6]}, Ints{p[1], p[3], p[5], p[7]}};
-  }
+  static Pairs load_pairs(const std::int8_t* p) { return {Ints{p[0], p[2], p[4], p[6]}, Ints{p[1], p[3], p[5], p[7]}}; }
   static Pairs broadcast_pair(const std::int16_t* p) { return {set_ints(p[0]), set_ints(p[1])}; }
   // acc + the sum of both products
   static Ints add_pairs(Ints acc, const Pairs& a, const Pairs& b) {

@@ -68,7 +68,8 @@ void append_value_codes(const KvRows& values, std::int64_t token, const float* v
   std::int8_t q[kValueGroup];
   for (std::int64_t d = 0; d < values.dim; d += kValueGroup) {
     const int n = lesser(values.dim - d, kValueGroup);
-    scales_of(values, token)[d / kValueGroup * kPageTokens + token % kPageTokens] = round_to_scale<Isa>(value + d, n, q);
+    scales_of(values, token)[d / kValueGroup * kPageTokens + token % kPageTokens] =
+        round_to_scale<Isa>(value + d, n, q);
     for (int i = 0; i < n; ++i) value_codes_of(values, token, d + i)[i % kHeadPadding * 2 + token % 2] = q[i];
   }
 }

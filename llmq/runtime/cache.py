@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from llmq.config import KVCacheConfig
 from llmq.runtime.native import NativeDecoder, Sequence, Unsupported
 
 
@@ -19,14 +20,16 @@ class NativeCache(Cache):
     ``seen`` is the mask so far and ties the two together.
 
     Attributes:
+        kv: bits of the keys and values; None: 16.
         sequences: one a row; empty until the first forward, which decides the batch.
         seen: bool[B, columns].
         offsets: i64[B] position id of a row's first token, where the caller gave positions; rotary embedding depends on
             differences only.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kv: KVCacheConfig | None = None) -> None:
         super().__init__(layers=[])
+        self.kv = kv
         self.sequences: list[Sequence] = []
         self.seen = torch.zeros(0, 0, dtype=torch.bool)
         self.offsets: Tensor | None = None
@@ -34,7 +37,7 @@ class NativeCache(Cache):
     def begin(self, decoder: NativeDecoder, rows: int) -> None:
         """Make the sequences, as long as there is no column. Raises ValueError when the batch has grown or shrunk."""
         if self.get_seq_length() == 0:
-            self.sequences = [decoder.new_sequence() for _ in range(rows)]
+            self.sequences = [decoder.new_sequence(kv=self.kv) for _ in range(rows)]
             self.seen = torch.zeros(rows, 0, dtype=torch.bool)
         if len(self.sequences) != rows:
             raise ValueError(f"the batch has {rows} rows, past_key_values holds {len(self.sequences)}")
