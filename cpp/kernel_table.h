@@ -51,34 +51,45 @@ struct Qgemm {
   std::int64_t out_stride;  // floats between rows of out
 };
 
-// Tokens of a page of the key/value cache, tokens whose keys are interleaved, and what heads are padded to.
-constexpr int kPageTokens = 64;
+// Tokens whose keys are interleaved in the key/value cache, and what heads are padded to.
 constexpr int kKeyTokens = 16;
 constexpr int kHeadPadding = 16;
 // Attention looks at keys in parts of this many tokens, the first of which begins at token 0.
 constexpr int kPartTokens = 128;
 
 // How keys or values are stored; the kernels' arrays hold them in this order.
-enum KvType { kKvHalf, kKvFloat, kKv8, kKvTypes };
-constexpr int kv_bits(KvType type) { return type == kKvHalf ? 16 : type == kKvFloat ? 32 : 8; }
+enum KvType { kKvHalf, kKvFloat, kKv8, kKv4, kKv2, kKvTypes };
+constexpr int kv_bits(KvType type) {
+  return type == kKvHalf ? 16 : type == kKvFloat ? 32 : type == kKv8 ? 8 : type == kKv4 ? 4 : 2;
+}
 constexpr bool kv_is_code(KvType type) { return type >= kKv8; }
-// Columns of a head that share a scale: of a key, and of the query that it meets; of a value.
-constexpr int kKeyGroup = 32;
-constexpr int kValueGroup = 128;
+// 8-bit codes are symmetric, codes of fewer bits have a zero point.
+constexpr bool kv_has_zero(KvType type) { return type > kKv8; }
+// Columns of a head that share a scale and zero: of a key, and of a query that meets codes; of a value.
+constexpr int kQueryGroup = 32;
+constexpr int key_group(KvType type) { return type == kKv4 ? 64 : 32; }
+constexpr int value_group(KvType type) { return type == kKv8 ? 128 : type == kKv4 ? 64 : 32; }
+constexpr int kMaxKvGroup = 128;
 
-// The keys, or the values, of one key/value head of one sequence. From `data` on, a page holds, as elements,
-//   keys    [kPageTokens / 16][dim][16]: the 16 tokens of a block side by side
-//   values  [kPageTokens][padded]: dim rounded up to kHeadPadding, the rest 0
-// or, as codes,
-//   keys    [kPageTokens / 16] payloads of the layout LQ16 (layout.h) with tokens for rows: u8 = 128 + key / scale
-//   values  [padded / 16][kPageTokens / 2][16][2]: i8 = value / scale, the two tokens of a pair side by side
-// and from `scales` on f16: keys [kPageTokens / 16][groups][16], values [groups][kPageTokens].
+// The keys, or the values, of one key/value head of one sequence. From `data` on, a page of T tokens holds, as
+// elements,
+//   keys    [T / 16][dim][16]: the 16 tokens of a block side by side
+//   values  [T][padded]: dim rounded up to kHeadPadding, the rest 0
+// or, as codes of `bits` bits, x ~ scale * (code - zero),
+//   keys    [T / 16] payloads of the layout LQ16 (layout.h) with tokens for rows
+//   values  [padded / 16][T / 2][2 bits][2] bytes: 16 columns of a pair of tokens; byte (c, token) holds, from its
+//   lowest
+//           bits on, the columns c, c + 2 bits, ... of the token; 8-bit codes are signed, less 128
+// from `scales` on f16: keys [T / 16][groups][16], values [groups][T]; from `zeros` on u8 zeros in the same order.
 struct KvRows {
-  void* const* pages;         // one a kPageTokens tokens
-  std::int64_t data, scales;  // bytes from a page's start
+  void* const* pages;                // by number
+  int page_shift;                    // log2 T
+  std::int64_t data, scales, zeros;  // bytes from a page's start
   std::int64_t dim, padded;
   std::int64_t group;  // columns that share a scale
 
+  std::int64_t page_tokens() const { return std::int64_t{1} << page_shift; }
+  std::int64_t slot(std::int64_t token) const { return token & (page_tokens() - 1); }  // of a token in its page
   std::int64_t groups() const { return (dim + group - 1) / group; }
   std::int64_t blocks() const { return (dim + kBlockColumns - 1) / kBlockColumns; }
 };
@@ -88,7 +99,7 @@ struct ScoreJob {
   KvRows keys;
   Range tokens;           // begin a multiple of kKeyTokens; the last block may go beyond end
   const float* const* q;  // rows of f32[dim], already scaled
-  QuantizedRows codes;    // the same rows, for keys that are codes, in groups of kKeyGroup columns
+  QuantizedRows codes;    // the same rows, for keys that are codes, in groups of kQueryGroup columns
   std::int64_t rows;
   float* out;
 };
@@ -159,6 +170,9 @@ struct KernelTable {
   void (*add_rows)(float* x, const float* y, std::int64_t n);  // x += y
   // Rotate the pairs (x[i], x[i + half]), then multiply by `scale`.
   void (*rope)(float* x, const float* cosine, const float* sine, std::int64_t half, float scale);
+  // x = x times the normalized Hadamard matrix (Sylvester's) of the largest power of two that divides n, block by
+  // block.
+  void (*hadamard)(float* x, std::int64_t n);
   // out = activation(gate) * up
   void (*gated[kActivations])(const float* gate, const float* up, std::int64_t n, float* out);
   void (*softcap)(float* x, std::int64_t n, float cap);  // x = cap * tanh(x / cap)

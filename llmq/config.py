@@ -152,8 +152,8 @@ class KVCacheConfig:
     k_bits: int = option(16, "bits of a cached key", choices=KV_BITS)
     v_bits: int = option(16, "bits of a cached value", choices=KV_BITS)
     rotate: bool = option(True, "rotate keys (and queries) by a Hadamard matrix a head below 8 bits; flattens outliers")
-    sinks: int = option(4, "first tokens of a text that stay in 16 bits; attention leans on them")
-    recent: int = option(64, "last tokens of a text that stay in 16 bits")
+    sinks: int = option(4, "first tokens of a text that stay in 16 bits (below 8 bits); attention leans on them")
+    recent: int = option(64, "last tokens of a text that stay in 16 bits (below 8 bits)")
     layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

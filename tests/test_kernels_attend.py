@@ -12,7 +12,8 @@ from torch import Tensor
 from llmq import kernels
 from llmq.kernels import reference
 
-PAIRS = list(itertools.product([32, 16, 8], repeat=2))  # bits of keys and of values
+# Bits of keys and of values.
+PAIRS = [*itertools.product([32, 16, 8], repeat=2), (4, 4), (2, 2), (8, 4), (4, 8), (16, 4), (4, 2)]
 PART = 128  # tokens summed together, and over which integer weights share a scale
 WEIGHT_STEPS = 32767
 
@@ -37,7 +38,8 @@ def limit(q: Tensor, k: Tensor, v: Tensor, bits: tuple[int, int], **options: flo
     rounding = 8 * (exact - single).abs().max().float() + 2.0**-22 * v.abs().max()
     if bits[1] >= 16:
         return rounding
-    reach = v.abs().amax(-1).T.repeat_interleave(q.shape[1] // k.shape[1], 0)[:, None]
+    # Codes reach up to their zero further than the values themselves.
+    reach = (1 + (bits[1] < 8)) * v.abs().amax(-1).T.repeat_interleave(q.shape[1] // k.shape[1], 0)[:, None]
     parts = (reference.attention_weights(q, k, k_bits=bits[0], **options) * reach).split(PART, -1)
     steps = sum(part.shape[-1] * part.amax(-1) / (2 * WEIGHT_STEPS) for part in parts)
     return rounding + steps.T[..., None]
@@ -67,7 +69,37 @@ def test_every_storage_gives_what_the_reference_says(bits: tuple[int, int]) -> N
         assert ((actual - 1.01 * expected).abs() > allowed).any(), (shape, options)  # one percent off would be seen
 
 
-@pytest.mark.parametrize("bits", [(32, 32), (16, 16), (8, 8)], ids=str)
+@pytest.mark.parametrize("bits", [(4, 4), (8, 4), (4, 16), (2, 2)], ids=str)
+@pytest.mark.usefixtures("isa")
+def test_sinks_and_recent_tokens_are_seen_in_16_bits(bits: tuple[int, int]) -> None:
+    for (sinks, recent), window in itertools.product(((4, 64), (0, 20), (17, 0), (4, 200)), (0, 100)):
+        q, k, v = case(45, 330, 6, 2, 64)
+        kwargs = {"k_bits": bits[0], "v_bits": bits[1], "sinks": sinks, "recent": recent, "window": window}
+        actual, expected = kernels.attend(q, k, v, **kwargs), reference.attend(q, k, v, **kwargs)
+        allowed = 2 * limit(q, k, v, bits, window=window)  # up to three sums instead of one
+        assert ((actual - expected).abs() <= allowed).all(), kwargs
+        if window == 0:  # one block more would be seen
+            for other in ({"sinks": sinks + 16}, {"recent": recent + 16}):
+                differing = reference.attend(q, k, v, **{**kwargs, **other})
+                assert (differing - expected).norm() > 5 * (actual - expected).norm(), (kwargs, other)
+        for i in (0, 19, 44):
+            assert_same(kernels.attend(q[i, None], k[: 286 + i], v[: 286 + i], **kwargs)[0], actual[i])
+
+
+@pytest.mark.parametrize("n", [2, 16, 24, 64, 80, 128, 256])
+@pytest.mark.usefixtures("isa")
+def test_the_hadamard_matrix_is_the_references_and_its_own_inverse(n: int) -> None:
+    x = torch.randn(n, generator=seeded(n))
+    y = x.clone()
+    core.hadamard(x=y.data_ptr(), n=n)
+    limit = 2.0**-24 * (n.bit_length() + 1) * float(x.norm())  # a rounding for every doubling, and for the scale
+    assert (y - reference.hadamard(x)).abs().max() <= 2 * limit
+    assert (1.01 * y - reference.hadamard(x)).abs().max() > 2 * limit
+    core.hadamard(x=y.data_ptr(), n=n)
+    assert (y - x).abs().max() <= 3 * limit
+
+
+@pytest.mark.parametrize("bits", [(32, 32), (16, 16), (8, 8), (4, 4)], ids=str)
 @pytest.mark.usefixtures("isa")
 def test_keys_off_by_one_percent_would_be_seen(bits: tuple[int, int]) -> None:
     q, k, v = case(4, 200, 4, 2, 64)
@@ -91,13 +123,14 @@ def test_one_row_or_many_and_any_number_of_threads_give_the_same_bits(bits: tupl
             assert_same(kernels.attend(q[end - 1 : end], k[:n], v[:n], **kwargs), together[end - 1 : end])
 
 
+@pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("which", [0, 1], ids=["key", "value"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.usefixtures("isa")
-def test_codes_hide_no_bad_number_from_a_row_that_sees_it(which: int, bad: float) -> None:
+def test_codes_hide_no_bad_number_from_a_row_that_sees_it(bits: int, which: int, bad: float) -> None:
     q, k, v = case(20, 20, 2, 1, 32)
     (k, v)[which][11, 0, 5] = bad
-    assert kernels.attend(q, k, v, k_bits=8, v_bits=8)[11:].isnan().all()
+    assert kernels.attend(q, k, v, k_bits=bits, v_bits=bits)[11:].isnan().all()
 
 
 @pytest.mark.usefixtures("isa")

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from llmq import AutoModelForCausalLM, CalibConfig, QuantScheme, kernels, quantize_model, set_activation_bits
-from llmq.config import KVCacheConfig
+from llmq.config import KVCacheConfig, replace
 from llmq.models.families import FAMILIES
 from llmq.runtime.causal_lm import graph_class
 from llmq.runtime.native import NativeDecoder, Unsupported
@@ -137,9 +137,9 @@ def test_int8_activations_are_those_of_qlinear(folders, family: str) -> None:
     assert (1.01 * actual - expected).abs().max() > 1e-2  # one percent off would be seen in every row
 
 
-@pytest.mark.parametrize("kv", ["8", "k8v16", "k16v8"])
+@pytest.mark.parametrize(("kv", "levels"), [("8", 254), ("k16v8", 254), ("4", 15), ("k8v4", 15)])
 @pytest.mark.parametrize("family", NATIVE)
-def test_logits_with_a_quantized_cache_are_near_those_without(folders, family: str, kv: str) -> None:
+def test_logits_with_a_quantized_cache_are_near_those_without(folders, family: str, kv: str, levels: int) -> None:
     model = load(folders(family))
     set_activation_bits(model, 16)
     decoder = NativeDecoder.of(model)
@@ -150,15 +150,16 @@ def test_logits_with_a_quantized_cache_are_near_those_without(folders, family: s
         s = [decoder.new_sequence(kv=config) for _ in rows]
         return torch.cat([decoder.forward(part, s, output="all") for part in (first, second)])
 
-    exact, rounded = logits(None), logits(KVCacheConfig.parse(kv))
-    # A code is off by at most 1 / 254 of the largest element beside it; through three layers that adds up to a few
-    # times as much at most, and to a hundredth of it at least.
-    difference = (rounded - exact).norm() / exact.norm()
-    assert 0.01 / 254 < difference < 6 / 254
+    exact, bits = logits(None), KVCacheConfig.parse(kv)
+    for config in (replace(bits, sinks=4, recent=4), replace(bits, rotate=False, sinks=0, recent=0)):
+        # A code is off by at most 1 / levels of the largest element beside it, or of the distance between the ends;
+        # through three layers that adds up to a few times as much at most, and to a hundredth of it at least.
+        difference = (logits(config) - exact).norm() / exact.norm()
+        assert 0.01 / levels < difference < 6 / levels
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("kv", ["16", "8"])
+@pytest.mark.parametrize("kv", ["16", "8", "4"])
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_one_token_or_many_and_any_number_of_threads_give_the_same_bits(
@@ -261,6 +262,50 @@ def test_sequences_are_cropped_copied_and_grown_again(folders, kv: str, nbytes: 
     with pytest.raises(ValueError, match=r"cannot crop a sequence of 140 tokens to 141"):
         s.crop(141)
     assert s.nbytes == nbytes
+
+
+def test_a_cache_with_near_tokens_is_cropped(folders) -> None:
+    # 32 tokens can be taken back without a trace; beyond, tokens that were recent once are seen as their codes.
+    decoder = NativeDecoder.of(load(folders("qwen3")))
+    config = KVCacheConfig(4, 4, sinks=20, recent=40)
+    [row] = ids_of(300)
+
+    def after(*cuts: int) -> Tensor:
+        s = decoder.new_sequence(kv=config)
+        decoder.forward([row[:200]], [s])
+        twin = s.copy()
+        for cut in cuts:
+            s.crop(cut)
+            decoder.forward([row[cut:200]], [s])
+        assert (s.length, twin.length) == (200, 200)
+        return decoder.forward([row[200:]], [s], output="all")
+
+    plain = after(199)
+    assert torch.equal(after(168), plain)
+    assert torch.equal(after(180, 175, 199), plain)
+    deep = after(100)
+    assert not torch.equal(deep, plain)
+    assert (deep - plain).norm() < 0.2 * plain.norm()
+    assert torch.equal(after(0), plain)
+
+
+def test_memory_of_four_bits_with_near_tokens(folders) -> None:
+    decoder = NativeDecoder.of(load(folders("llama")))
+    [row] = ids_of(500)
+    config = KVCacheConfig(4, 4, sinks=4, recent=64)
+    s, bare = decoder.new_sequence(kv=config), decoder.new_sequence(kv=replace(config, sinks=0, recent=0))
+
+    def near_blocks() -> float:
+        return (s.nbytes - bare.nbytes) / (3 * 2 * 16 * 2 * (16 + 16))  # of 16 tokens, 3 layers, 2 heads, f16
+
+    for sequence in (s, bare):
+        decoder.forward([row[:450]], [sequence])
+    # One block of sinks; 64 recent tokens, 32 for crops, 16 for the rounding of each end; at most one block to spare.
+    assert 1 + 7 <= near_blocks() <= 1 + 8 + 1
+    for token in row[450:]:
+        decoder.forward([token[None]], [s])
+    decoder.forward([row[450:]], [bare])
+    assert 1 + 7 <= near_blocks() <= 1 + 8 + 1
 
 
 def test_layers_differ_in_the_bits_of_their_cache(folders) -> None:

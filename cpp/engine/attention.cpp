@@ -100,10 +100,24 @@ class Run {
     return {in_.window > 0 ? std::max<std::int64_t>(0, position - in_.window + 1) : 0, position + 1};
   }
 
+  // The first token that a query at `position` sees as one of the recent ones.
+  static std::int64_t first_recent(const KvLayer& layer, std::int64_t position) {
+    const std::int64_t first = std::max<std::int64_t>(0, position + 1 - layer.shape.recent) / kKeyTokens * kKeyTokens;
+    return std::max(first, layer.near->begin());
+  }
+
+  // Queries from `position` on that have the same first recent token.
+  std::int64_t alike(const Slice& slice, std::int64_t position) const {
+    const KvLayer& layer = slice.sequence->layer(in_.layer);
+    if (!layer.near) return kChunkTokens;
+    const std::int64_t beyond = position + 1 - layer.shape.recent;
+    return beyond < 0 ? kKeyTokens - beyond : kKeyTokens - beyond % kKeyTokens;
+  }
+
   void plan(const std::vector<Slice>& slices) {
     for (const Slice& s : slices) {
-      for (std::int64_t token = 0; token < s.count; token += task_tokens()) {
-        const std::int64_t count = std::min(task_tokens(), s.count - token);
+      for (std::int64_t token = 0, count; token < s.count; token += count) {
+        count = std::min({task_tokens(), s.count - token, alike(s, s.start + token)});
         const Range keys{visible(s.start + token).begin / kPartTokens * kPartTokens, s.start + token + count};
         for (std::int64_t head = 0; head < in_.kv_heads; ++head) {
           tasks_.push_back({&s, head, token, count, keys, parts_});
@@ -138,14 +152,14 @@ class Run {
       kept.q[r] = in_.q + (task.slice->first + token) * in_.q_stride + (task.head * group_ + r % group_) * in_.head_dim;
       kept.visible[r] = visible(task.slice->start + token);
     }
-    if (kv_is_code(task.slice->sequence->layer(in_.layer).types().keys)) quantize(kept);
+    if (kv_is_code(task.slice->sequence->layer(in_.layer).stored.key_type())) quantize(kept);
     return kept;
   }
 
   void quantize(Rows& rows) const {
     const auto count = static_cast<std::int64_t>(rows.q.size());
     const std::int64_t stride = ceil_div(in_.head_dim, kVectorBytes) * kVectorBytes;
-    const std::int64_t groups = ceil_div(in_.head_dim, kKeyGroup);
+    const std::int64_t groups = ceil_div(in_.head_dim, kQueryGroup);
     rows.codes.resize(static_cast<std::size_t>(count * stride));
     rows.scale.resize(static_cast<std::size_t>(count * groups));
     rows.total.resize(static_cast<std::size_t>(count * groups));
@@ -156,24 +170,58 @@ class Run {
                               .total = rows.total.data() + r * groups,
                               .stride = stride,
                               .groups = groups};
-      table_.quantize_rows(rows.q[r], {0, 1}, in_.head_dim, kKeyGroup, row);
+      table_.quantize_rows(rows.q[r], {0, 1}, in_.head_dim, kQueryGroup, row);
     }
+  }
+
+  // Where the keys and values of a task's tokens are read, in ascending order.
+  struct Span {
+    const KvPages* pages;
+    Range tokens;
+  };
+  struct Spans {
+    Span span[3];
+    int count = 0;
+
+    void add(const KvPages& pages, std::int64_t begin, std::int64_t end) {
+      if (begin < end) span[count++] = {&pages, {begin, end}};
+    }
+  };
+
+  Spans spans(const Task& task, Range tokens) const {
+    const KvLayer& layer = task.slice->sequence->layer(in_.layer);
+    Spans spans;
+    if (!layer.near) {
+      spans.add(layer.stored, tokens.begin, tokens.end);
+      return spans;
+    }
+    const std::int64_t sinks = std::clamp(layer.near->fixed(), tokens.begin, tokens.end);
+    const std::int64_t recent = std::clamp(first_recent(layer, task.slice->start + task.token), sinks, tokens.end);
+    spans.add(*layer.near, tokens.begin, sinks);
+    spans.add(layer.stored, sinks, recent);
+    spans.add(*layer.near, recent, tokens.end);
+    return spans;
   }
 
   // Sums of one part of a task's keys into `memory`.
   void attend_part(const Task& task, Rows& rows, std::int64_t part, float* memory) const noexcept {
-    const KvPages& layer = task.slice->sequence->layer(in_.layer);
     const auto count = static_cast<std::int64_t>(rows.q.size());
     const std::int64_t begin = task.keys.begin + part * kPartTokens;
-    const Range tokens{begin, std::min(task.keys.end, begin + kPartTokens)};
+    const Range tokens{std::max(begin, rows.visible[0].begin / kKeyTokens * kKeyTokens),
+                       std::min(task.keys.end, begin + kPartTokens)};
     const Sums sums(memory, count, padded_);
     float* scores = rows.scores.data();
-    table_.key_scores[layer.types().keys]({.keys = layer.keys(task.head),
-                                           .tokens = tokens,
+    const Spans read = spans(task, tokens);
+    const auto scores_from = [&](const Span& span) { return scores + (span.tokens.begin - tokens.begin) * count; };
+    for (int i = 0; i < read.count; ++i) {
+      const KvPages& pages = *read.span[i].pages;
+      table_.key_scores[pages.key_type()]({.keys = pages.keys(task.head),
+                                           .tokens = read.span[i].tokens,
                                            .q = rows.q.data(),
                                            .codes = rows.quantized,
                                            .rows = count,
-                                           .out = scores});
+                                           .out = scores_from(read.span[i])});
+    }
     table_.softmax({.tokens = tokens,
                     .visible = rows.visible.data(),
                     .rows = count,
@@ -182,8 +230,14 @@ class Run {
                     .max = sums.max,
                     .sum = sums.sum});
     std::fill_n(sums.acc, count * padded_, 0.0f);
-    table_.sum_values[layer.types().values](
-        {.values = layer.values(task.head), .tokens = tokens, .weights = scores, .rows = count, .acc = sums.acc});
+    for (int i = 0; i < read.count; ++i) {
+      const KvPages& pages = *read.span[i].pages;
+      table_.sum_values[pages.value_type()]({.values = pages.values(task.head),
+                                             .tokens = read.span[i].tokens,
+                                             .weights = scores_from(read.span[i]),
+                                             .rows = count,
+                                             .acc = sums.acc});
+    }
   }
 
   void add_part(const Task& task, float* all, float* part) const {

@@ -14,9 +14,6 @@
 namespace llmq {
 namespace {
 
-// Tokens processed together: enough to reuse an unpacked weight many times, few enough for the activations to stay in
-// the last cache.
-constexpr std::int64_t kChunkTokens = 512;
 // Rows of gate and up that a task turns into int8 at once: a multiple of every kernel group, or the whole row.
 constexpr std::int64_t kFfnRows = 128;
 // Floats below which a row-wise pass stays in the calling thread.
@@ -95,7 +92,7 @@ Decoder::Decoder(DecoderSpec spec) : spec_(std::move(spec)) {
   }
 }
 
-KvShape Decoder::kv_shape(std::vector<KvTypes> layers) const {
+KvShape Decoder::kv_shape(std::vector<KvLayerShape> layers) const {
   require(layers.size() == spec_.layers.size(), "types of keys and values are given for " +
                                                     std::to_string(layers.size()) + " layers; the model has " +
                                                     std::to_string(spec_.layers.size()));
@@ -136,7 +133,7 @@ void Decoder::forward(const KernelTable& table, const Step& step) const {
   }
   check(step);
   for (std::size_t i = 0; i < step.sequences.size(); ++i) {
-    step.sequences[i]->reserve(step.sequences[i]->length() + step.counts[i]);
+    step.sequences[i]->reserve(step.counts[i]);
   }
   static thread_local Workspace work;
   const std::int64_t width = step.output == Output::kStates ? spec_.hidden : spec_.head.n;
@@ -148,6 +145,7 @@ void Decoder::forward(const KernelTable& table, const Step& step) const {
               .out = step.out};
   const auto flush = [&] {
     if (chunk.size() == 0) return;
+    for (const Slice& s : chunk.slices) s.sequence->slide(s.start, s.count);
     run(table, chunk, work);
     chunk.out += static_cast<std::int64_t>(chunk.keep.size()) * width;
     chunk.slices.clear(), chunk.ids.clear(), chunk.keep.clear();
@@ -258,12 +256,16 @@ void Decoder::store_keys(const KernelTable& table, const Chunk& chunk, std::int6
     table.rope(x, angles, angles + half, half, scale);
   };
   for (const Slice& s : chunk.slices) {
+    const bool rotate = s.sequence->layer(layer).shape.rotate;
     for_rows(s.count, stride, [&](std::int64_t t) noexcept {
       float* q = work.qkv.data() + (s.first + t) * stride;
       const float* angles = work.angles.data() + (l.rope * n + s.first + t) * 2 * half;
       for (std::int64_t i = 0; i < spec_.heads; ++i) turn(q + i * d, l.q_norm, angles, spec_.attention_scale);
       float* keys = q + spec_.heads * d;
       for (std::int64_t i = 0; i < spec_.kv_heads; ++i) turn(keys + i * d, l.k_norm, angles, 1.0f);
+      if (rotate) {
+        for (std::int64_t i = 0; i < spec_.heads + spec_.kv_heads; ++i) table.hadamard(q + i * d, d);
+      }
       s.sequence->append(table, layer, s.start + t, keys, keys + spec_.kv_heads * d);
     });
   }

@@ -1,5 +1,6 @@
 #include "engine/kv_cache.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -10,32 +11,88 @@ namespace llmq {
 namespace {
 
 constexpr std::int64_t kAlignment = 64;
+// log2 of the tokens of a page; a page of near tokens is one block.
+constexpr int kPageShift = 6;
+constexpr int kNearShift = 4;
+static_assert(kKeyTokens == 1 << kNearShift);
 
 std::int64_t round_up(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-std::size_t pages_of(std::int64_t length) {
-  return static_cast<std::size_t>(round_up(length, kPageTokens) / kPageTokens);
+KvPages stored_pages(const KvShape& shape, const KvLayerShape& layer) {
+  return {shape.heads, shape.head_dim, layer.keys, layer.values, kPageShift, 0, KvPages::kEverything};
 }
 
-std::int64_t scale_bytes(KvType type, std::int64_t columns, std::int64_t group) {
-  return kv_is_code(type) ? round_up(columns, group) / group * kPageTokens * 2 : 0;
+std::optional<KvPages> near_pages(const KvShape& shape, const KvLayerShape& layer) {
+  if (!layer.near) return std::nullopt;
+  return KvPages(shape.heads, shape.head_dim, *layer.near, *layer.near, kNearShift, round_up(layer.sinks, kKeyTokens),
+                 layer.recent + kKeyTokens + kCropTokens);
 }
 
 }  // namespace
 
 void KvPages::Free::operator()(void* p) const { std::free(p); }
 
-KvPages::KvPages(std::int64_t heads, std::int64_t head_dim, KvTypes types)
-    : head_dim_(head_dim), padded_dim_(round_up(head_dim, kHeadPadding)), types_(types) {
-  const std::int64_t key_columns = kv_is_code(types.keys) ? round_up(head_dim, kBlockColumns) : head_dim;
-  const auto bytes = [](KvType type, std::int64_t columns) {
-    return round_up(kPageTokens * columns * kv_bits(type) / 8, kAlignment);
+KvPages::KvPages(std::int64_t heads, std::int64_t head_dim, KvType keys, KvType values, int page_shift,
+                 std::int64_t fixed, std::int64_t reach)
+    : head_dim_(head_dim),
+      padded_dim_(round_up(head_dim, kHeadPadding)),
+      key_type_(keys),
+      value_type_(values),
+      page_shift_(page_shift),
+      fixed_(fixed),
+      reach_(reach),
+      first_(pages_of(fixed)) {
+  const std::int64_t tokens = std::int64_t{1} << page_shift;
+  const KvRows rows{.pages = nullptr,
+                    .page_shift = page_shift,
+                    .data = 0,
+                    .scales = 0,
+                    .zeros = 0,
+                    .dim = head_dim,
+                    .padded = padded_dim_,
+                    .group = 1};
+  keys_ = values_ = rows;
+  keys_.group = key_group(keys), values_.group = value_group(values);
+  std::int64_t at = 0;
+  const auto place = [&](std::int64_t bytes) {
+    const std::int64_t begin = at;
+    at += round_up(bytes, kKeyTokens);
+    return begin;
   };
-  values_at_ = bytes(types.keys, key_columns);
-  key_scales_at_ = values_at_ + bytes(types.values, padded_dim_);
-  value_scales_at_ = key_scales_at_ + scale_bytes(types.keys, head_dim, kKeyGroup);
-  head_bytes_ = value_scales_at_ + scale_bytes(types.values, head_dim, kValueGroup);
+  const std::int64_t key_columns = kv_is_code(keys) ? round_up(head_dim, kBlockColumns) : head_dim;
+  keys_.data = place(tokens * key_columns * kv_bits(keys) / 8);
+  values_.data = place(tokens * padded_dim_ * kv_bits(values) / 8);
+  keys_.scales = place(kv_is_code(keys) ? tokens * keys_.groups() * 2 : 0);
+  values_.scales = place(kv_is_code(values) ? tokens * values_.groups() * 2 : 0);
+  keys_.zeros = place(kv_has_zero(keys) ? tokens * keys_.groups() : 0);
+  values_.zeros = place(kv_has_zero(values) ? tokens * values_.groups() : 0);
+  head_bytes_ = round_up(at, kAlignment);
   page_bytes_ = heads * head_bytes_;
+}
+
+KvPages::KvPages(const KvPages& other)
+    : head_dim_(other.head_dim_),
+      padded_dim_(other.padded_dim_),
+      key_type_(other.key_type_),
+      value_type_(other.value_type_),
+      page_shift_(other.page_shift_),
+      fixed_(other.fixed_),
+      reach_(other.reach_),
+      begin_(other.begin_),
+      first_(other.first_),
+      in_use_(other.in_use_),
+      keys_(other.keys_),
+      values_(other.values_),
+      head_bytes_(other.head_bytes_),
+      page_bytes_(other.page_bytes_) {
+  for (const Page& page : other.pages_) {
+    pages_.push_back(page ? new_page() : Page());
+    if (page) std::memcpy(pages_.back().get(), page.get(), static_cast<std::size_t>(page_bytes_));
+  }
+}
+
+std::int64_t KvPages::pages_of(std::int64_t tokens) const {
+  return (tokens + (std::int64_t{1} << page_shift_) - 1) >> page_shift_;
 }
 
 // Zeroed: a block of 16 tokens is read whole, and what lies behind the last token must be no NaN.
@@ -46,76 +103,119 @@ KvPages::Page KvPages::new_page() const {
   return page;
 }
 
-std::vector<KvPages::Page> KvPages::missing(std::int64_t length) const {
+std::vector<KvPages::Page> KvPages::missing(std::int64_t start, std::int64_t count) const {
+  std::int64_t wanted = pages_of(start + count);
+  // Between two steps, the pages of the fixed tokens, of those within reach and of the new ones.
+  const std::int64_t within = reach_ + std::min(count, kChunkTokens);
+  wanted = std::min(wanted, pages_of(fixed_) + pages_of(within) + 1);
   std::vector<Page> fresh;
-  while (pages_.size() + fresh.size() < pages_of(length)) fresh.push_back(new_page());
+  for (std::int64_t have = held(); have < wanted; ++have) fresh.push_back(new_page());
   return fresh;
 }
 
-void KvPages::add(std::vector<Page> fresh) {
-  for (Page& page : fresh) pages_.push_back(std::move(page));
+void KvPages::give(std::vector<Page> fresh) {
+  for (Page& page : fresh) spare_.push_back(std::move(page));
 }
 
-void KvPages::shrink(std::int64_t length, std::size_t spare) {
-  if (pages_.size() > pages_of(length) + spare) pages_.resize(pages_of(length) + spare);
-}
-
-std::vector<KvPages::Page> KvPages::copies() const {
-  std::vector<Page> copies;
-  for (const Page& page : pages_) {
-    copies.push_back(new_page());
-    std::memcpy(copies.back().get(), page.get(), static_cast<std::size_t>(page_bytes_));
+void KvPages::slide(std::int64_t start, std::int64_t count) {
+  const std::int64_t from = std::max(pages_of(fixed_), std::max<std::int64_t>(0, start - reach_) >> page_shift_);
+  const std::int64_t end = pages_of(start + count);
+  if (static_cast<std::int64_t>(pages_.size()) < end) pages_.resize(static_cast<std::size_t>(end));
+  for (; first_ < from; ++first_) take_back(first_);
+  if (first_ > pages_of(fixed_)) begin_ = std::max(begin_, first_ << page_shift_);
+  for (std::int64_t i = start >> page_shift_; i < end; ++i) {
+    Page& page = pages_[static_cast<std::size_t>(i)];
+    if (page) continue;
+    page = std::move(spare_.back());
+    spare_.pop_back();
+    ++in_use_;
   }
-  return copies;
+}
+
+void KvPages::take_back(std::int64_t number) {
+  if (number >= static_cast<std::int64_t>(pages_.size()) || !pages_[static_cast<std::size_t>(number)]) return;
+  spare_.push_back(std::move(pages_[static_cast<std::size_t>(number)]));
+  --in_use_;
+}
+
+void KvPages::crop(std::int64_t length) {
+  const std::int64_t end = pages_of(length);
+  for (std::int64_t i = end; i < static_cast<std::int64_t>(pages_.size()); ++i) take_back(i);
+  pages_.resize(std::min(static_cast<std::size_t>(end), pages_.size()));
+  if (length < begin_) {
+    begin_ = round_up(length, kKeyTokens);
+    first_ = std::max(pages_of(fixed_), length >> page_shift_);
+  }
+  // One stays: speculative decoding crops and grows again at every step.
+  if (spare_.size() > 1) spare_.resize(1);
 }
 
 KvRows KvPages::keys(std::int64_t head) const {
   // unique_ptr<void, Free> with an empty deleter is one pointer, so the vector's data is an array of pages.
   static_assert(sizeof(Page) == sizeof(void*));
-  return {.pages = reinterpret_cast<void* const*>(pages_.data()),
-          .data = head * head_bytes_,
-          .scales = head * head_bytes_ + key_scales_at_,
-          .dim = head_dim_,
-          .padded = padded_dim_,
-          .group = kKeyGroup};
+  KvRows rows = keys_;
+  rows.pages = reinterpret_cast<void* const*>(pages_.data());
+  rows.data += head * head_bytes_, rows.scales += head * head_bytes_, rows.zeros += head * head_bytes_;
+  return rows;
 }
 
 KvRows KvPages::values(std::int64_t head) const {
-  KvRows rows = keys(head);
-  rows.data = head * head_bytes_ + values_at_;
-  rows.scales = head * head_bytes_ + value_scales_at_;
-  rows.group = kValueGroup;
+  KvRows rows = values_;
+  rows.pages = reinterpret_cast<void* const*>(pages_.data());
+  rows.data += head * head_bytes_, rows.scales += head * head_bytes_, rows.zeros += head * head_bytes_;
   return rows;
 }
 
 Sequence::Sequence(const KvShape& shape) : shape_(shape) {
-  for (const KvTypes& types : shape.layers) layers_.emplace_back(shape.heads, shape.head_dim, types);
+  for (const KvLayerShape& layer : shape.layers) {
+    layers_.push_back({layer, stored_pages(shape, layer), near_pages(shape, layer)});
+  }
 }
 
-Sequence::Sequence(const Sequence& other) : Sequence(other.shape_) {
-  for (std::size_t i = 0; i < layers_.size(); ++i) layers_[i].add(other.layers_[i].copies());
-  length_ = other.length_;
+Sequence::Sequence(const Sequence& other) : shape_(other.shape_), length_(other.length_), layers_(other.layers_) {}
+
+template <class F>
+void Sequence::for_pages(const F& f) {
+  for (KvLayer& layer : layers_) {
+    f(layer.stored);
+    if (layer.near) f(*layer.near);
+  }
 }
 
 std::int64_t Sequence::bytes() const {
   std::int64_t sum = 0;
-  for (const KvPages& layer : layers_) sum += layer.bytes();
+  for (const KvLayer& layer : layers_) sum += layer.stored.bytes() + (layer.near ? layer.near->bytes() : 0);
   return sum;
+}
+
+void Sequence::reserve(std::int64_t count) {
+  std::vector<std::vector<KvPages::Page>> fresh;
+  for_pages([&](KvPages& pages) { fresh.push_back(pages.missing(length_, count)); });
+  std::size_t i = 0;
+  for_pages([&](KvPages& pages) { pages.give(std::move(fresh[i++])); });
+}
+
+void Sequence::slide(std::int64_t start, std::int64_t count) {
+  for_pages([&](KvPages& pages) { pages.slide(start, count); });
 }
 
 void Sequence::append(const KernelTable& table, std::int64_t layer, std::int64_t token, const float* keys,
                       const float* values) const {
-  const KvPages& pages = layers_[static_cast<std::size_t>(layer)];
-  for (std::int64_t head = 0; head < shape_.heads; ++head) {
-    table.append_key[pages.types().keys](pages.keys(head), token, keys + head * shape_.head_dim);
-    table.append_value[pages.types().values](pages.values(head), token, values + head * shape_.head_dim);
-  }
+  const KvLayer& at = layers_[static_cast<std::size_t>(layer)];
+  const auto store = [&](const KvPages& pages) {
+    for (std::int64_t head = 0; head < shape_.heads; ++head) {
+      table.append_key[pages.key_type()](pages.keys(head), token, keys + head * shape_.head_dim);
+      table.append_value[pages.value_type()](pages.values(head), token, values + head * shape_.head_dim);
+    }
+  };
+  store(at.stored);
+  if (at.near) store(*at.near);
 }
 
-void Sequence::reserve(std::int64_t length) {
-  std::vector<std::vector<KvPages::Page>> fresh;
-  for (const KvPages& layer : layers_) fresh.push_back(layer.missing(length));
-  for (std::size_t i = 0; i < layers_.size(); ++i) layers_[i].add(std::move(fresh[i]));
+void Sequence::grow(std::int64_t length) {
+  length_ = length;
+  slide(length, 0);
+  for_pages([&](KvPages& pages) { pages.crop(length); });
 }
 
 void Sequence::crop(std::int64_t length) {
@@ -124,8 +224,7 @@ void Sequence::crop(std::int64_t length) {
                                 std::to_string(length) + "; use 0 to " + std::to_string(length_));
   }
   length_ = length;
-  // One spare page stays: speculative decoding crops and grows again at every step.
-  for (KvPages& layer : layers_) layer.shrink(length, 1);
+  for_pages([&](KvPages& pages) { pages.crop(length); });
 }
 
 }  // namespace llmq

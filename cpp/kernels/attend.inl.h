@@ -25,16 +25,16 @@ LLMQ_INLINE void store_kv(float* p, typename Isa::Floats a) {
 }
 
 LLMQ_INLINE std::uint8_t* page_of(const KvRows& rows, std::int64_t token) {
-  return static_cast<std::uint8_t*>(rows.pages[token / kPageTokens]);
+  return static_cast<std::uint8_t*>(rows.pages[token >> rows.page_shift]);
 }
 template <class Kv>
 LLMQ_INLINE Kv* keys_of(const KvRows& keys, std::int64_t token) {
   return reinterpret_cast<Kv*>(page_of(keys, token) + keys.data) +
-         token % kPageTokens / kKeyTokens * (kKeyTokens * keys.dim);
+         keys.slot(token) / kKeyTokens * (kKeyTokens * keys.dim);
 }
 template <class Kv>
 LLMQ_INLINE Kv* values_of(const KvRows& values, std::int64_t token) {
-  return reinterpret_cast<Kv*>(page_of(values, token) + values.data) + token % kPageTokens * values.padded;
+  return reinterpret_cast<Kv*>(page_of(values, token) + values.data) + values.slot(token) * values.padded;
 }
 
 LLMQ_INLINE int lesser(std::int64_t left, int most) { return left < most ? static_cast<int>(left) : most; }

@@ -308,14 +308,24 @@ def take_rows(w: PackedWeight, ids: Tensor) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, *, k_bits: int = 16, v_bits: int = 16, window: int = 0, softcap: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    k_bits: int = 16,
+    v_bits: int = 16,
+    sinks: int = 0,
+    recent: int = 0,
+    window: int = 0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """Attention of the last T of L tokens, over keys and values stored as the decoder stores them.
 
     Args:
         q: f32[T, H, D], already scaled.
         k, v: f32[L, H_kv, D], L >= T; H is a multiple of H_kv.
-        k_bits, v_bits: 32, 16 or 8.
+        k_bits, v_bits: 32, 16, 8, 4 or 2.
+        sinks, recent: tokens that are seen in 16 bits where keys or values have fewer than 8 (reference.near).
         window: tokens that a token sees, itself included; 0: all.
         softcap: of the scores; 0: none.
 
@@ -333,7 +343,8 @@ def attend(
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q, k, v have shapes {shapes}; attention needs [T, H, D] and twice [L, H_kv, D], L >= T")
     if current_isa() == REFERENCE:
-        return reference.attend(q, k, v, k_bits=k_bits, v_bits=v_bits, window=window, softcap=softcap)
+        bits = {"k_bits": k_bits, "v_bits": v_bits, "sinks": sinks, "recent": recent}
+        return reference.attend(q, k, v, **bits, window=window, softcap=softcap)
     follow_torch()
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
@@ -347,6 +358,8 @@ def attend(
         kv_heads=k.shape[1],
         head_dim=q.shape[2],
         bits=(k_bits, v_bits),
+        sinks=sinks,
+        recent=recent,
         window=window,
         softcap=softcap,
         out=out.data_ptr(),

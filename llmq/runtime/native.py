@@ -119,7 +119,12 @@ class NativeDecoder:
         if kv_dtype is None:
             kv_dtype = torch.float32 if self.activation_bits == 16 else torch.float16
         one_of("kv_dtype", kv_dtype, KV_DTYPES)
-        return Sequence(self._core.new_sequence(layers=_layer_bits(kv or KVCacheConfig(), kv_dtype, self.n_layers)))
+        kv, near_bits = kv or KVCacheConfig(), 8 * kv_dtype.itemsize
+        layers = _layer_bits(kv, near_bits, self.n_layers)
+        made = self._core.new_sequence(
+            layers=layers, near_bits=near_bits, rotate=kv.rotate, sinks=kv.sinks, recent=kv.recent
+        )
+        return Sequence(made)
 
     def forward(self, tokens: ListLike[Tensor], sequences: ListLike[Sequence], *, output: str = "last") -> Tensor:
         """Append ``tokens[i]`` to ``sequences[i]`` and compute what follows.
@@ -179,11 +184,10 @@ def core() -> Any:
     return module
 
 
-def _layer_bits(kv: KVCacheConfig, dtype: torch.dtype, n_layers: int) -> list[tuple[int, int]]:
-    """(bits of keys, bits of values) of every layer, 16 being those of ``dtype``."""
+def _layer_bits(kv: KVCacheConfig, unquantized: int, n_layers: int) -> list[tuple[int, int]]:
+    """(bits of keys, bits of values) of every layer, 16 being ``unquantized`` ones."""
     if kv.layers and len(kv.layers) != n_layers:
         raise ValueError(f"the KV cache's bits name {len(kv.layers)} layers; the model has {n_layers}: name each once")
-    unquantized = 8 * dtype.itemsize
     pairs = (kv.of_layer(layer) for layer in range(n_layers))
     return [(unquantized if k == 16 else k, unquantized if v == 16 else v) for k, v in pairs]
 
