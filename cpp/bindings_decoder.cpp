@@ -110,7 +110,8 @@ std::unique_ptr<Sequence> new_sequence(const Decoder& decoder, const std::vector
 void attend(Address q, Address k, Address v, std::int64_t count, std::int64_t length, std::int64_t heads,
             std::int64_t kv_heads, std::int64_t head_dim, std::pair<int, int> bits, std::int64_t sinks,
             std::int64_t recent, std::int64_t window, float softcap, Address out) {
-  const KvLayerShape shape = layer_shape(bits, 16, false, sinks, recent);
+  KvLayerShape shape = layer_shape(bits, 16, false, sinks, recent);
+  shape.window = window;
   const py::gil_scoped_release unlocked;
   const KernelTable& table = current_table();
   Sequence sequence({.heads = kv_heads, .head_dim = head_dim, .layers = {shape}});
@@ -156,6 +157,7 @@ void bind_decoder(py::module_& m) {
   py::class_<Sequence>(m, "Sequence", "Keys and values of one sequence.")
       .def_property_readonly("length", &Sequence::length)
       .def_property_readonly("nbytes", &Sequence::bytes)
+      .def_property_readonly("least_crop", &Sequence::least_crop)
       .def("crop", &Sequence::crop, "length"_a)
       .def("copy", [](const Sequence& s) { return std::make_unique<Sequence>(s); });
   py::class_<Decoder>(m, "Decoder", "Steps of a whole model; see cpp/engine/decoder.h.")

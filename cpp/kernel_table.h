@@ -65,9 +65,8 @@ constexpr int kv_bits(KvType type) {
 constexpr bool kv_is_code(KvType type) { return type >= kKv8; }
 // 8-bit codes are symmetric, codes of fewer bits have a zero point.
 constexpr bool kv_has_zero(KvType type) { return type > kKv8; }
-// Columns of a head that share a scale and zero: of a key, and of a query that meets codes; of a value.
-constexpr int kQueryGroup = 32;
-constexpr int key_group(KvType type) { return type == kKv4 ? 64 : 32; }
+// Columns of a head that share a scale and zero: of a key, and of the query that meets it; of a value.
+constexpr int kKeyGroup = 32;
 constexpr int value_group(KvType type) { return type == kKv8 ? 128 : type == kKv4 ? 64 : 32; }
 constexpr int kMaxKvGroup = 128;
 
@@ -99,7 +98,7 @@ struct ScoreJob {
   KvRows keys;
   Range tokens;           // begin a multiple of kKeyTokens; the last block may go beyond end
   const float* const* q;  // rows of f32[dim], already scaled
-  QuantizedRows codes;    // the same rows, for keys that are codes, in groups of kQueryGroup columns
+  QuantizedRows codes;    // the same rows, for keys that are codes, in groups of kKeyGroup columns
   std::int64_t rows;
   float* out;
 };

@@ -107,6 +107,17 @@ def test_a_checkpoint_carries_its_default(folder, tmp_path) -> None:
     assert str(model(input_ids=ids_of(1, 4)).past_key_values.kv) == "16"
 
 
+def test_a_crop_beyond_what_sliding_layers_hold_leaves_the_cache_alone(model) -> None:
+    ids = ids_of(2, 450)
+    past = model(input_ids=ids).past_key_values
+    with pytest.raises(ValueError, match=r"row 0 of 450 tokens cannot be cropped to 50"):
+        past.crop(-400)
+    assert past.get_seq_length() == 450
+    past.crop(-20)
+    again = model(input_ids=ids[:, 430:], past_key_values=past).logits
+    assert torch.equal(again, model(input_ids=ids).logits[:, 430:])
+
+
 def test_bad_bits_and_a_cache_beside_them_are_errors(model) -> None:
     ids = ids_of(1, 4)
     with pytest.raises(ValueError, match=r"kv bits is 5; known: 16, 8"):

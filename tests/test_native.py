@@ -265,24 +265,24 @@ def test_sequences_are_cropped_copied_and_grown_again(folders, kv: str, nbytes: 
 
 
 def test_a_cache_with_near_tokens_is_cropped(folders) -> None:
-    # 32 tokens can be taken back without a trace; beyond, tokens that were recent once are seen as their codes.
+    # 32 tokens of a long step can be taken back without a trace; beyond, what was recent once is seen as codes.
     decoder = NativeDecoder.of(load(folders("qwen3")))
     config = KVCacheConfig(4, 4, sinks=20, recent=40)
-    [row] = ids_of(300)
+    [row] = ids_of(390)
 
     def after(*cuts: int) -> Tensor:
         s = decoder.new_sequence(kv=config)
-        decoder.forward([row[:200]], [s])
+        decoder.forward([row[:290]], [s])
         twin = s.copy()
         for cut in cuts:
             s.crop(cut)
-            decoder.forward([row[cut:200]], [s])
-        assert (s.length, twin.length) == (200, 200)
-        return decoder.forward([row[200:]], [s], output="all")
+            decoder.forward([row[cut:290]], [s])
+        assert (s.length, twin.length) == (290, 290)
+        return decoder.forward([row[290:]], [s], output="all")
 
-    plain = after(199)
-    assert torch.equal(after(168), plain)
-    assert torch.equal(after(180, 175, 199), plain)
+    plain = after(289)
+    assert torch.equal(after(258), plain)
+    assert torch.equal(after(270, 265, 289), plain)
     deep = after(100)
     assert not torch.equal(deep, plain)
     assert (deep - plain).norm() < 0.2 * plain.norm()
@@ -306,6 +306,36 @@ def test_memory_of_four_bits_with_near_tokens(folders) -> None:
         decoder.forward([token[None]], [s])
     decoder.forward([row[450:]], [bare])
     assert 1 + 7 <= near_blocks() <= 1 + 8 + 1
+
+
+@pytest.mark.parametrize("kv", ["16", "8", "4"])
+def test_layers_of_a_sliding_window_hold_no_more_than_it_needs(folders, kv: str) -> None:
+    # Windows of 8 tokens in some layers; a page holds 64.
+    model = load(folders("gemma3"))
+    sliding = [kind == "sliding_attention" for kind in model.config.layer_types]
+    assert True in sliding
+    decoder = NativeDecoder.of(model)
+    config = replace(KVCacheConfig.parse(kv), sinks=0, recent=0)
+    [row] = ids_of(450)
+    s = decoder.new_sequence(kv=config)
+    together = decoder.forward([row], [decoder.new_sequence(kv=config)], output="all")
+    sizes, pieces = [], []
+    for begin in range(0, 450, 75):
+        pieces.append(decoder.forward([row[begin : begin + 75]], [s], output="all"))
+        sizes.append(s.nbytes)
+    assert torch.equal(torch.cat(pieces), together)  # what was forgotten is not missed
+    page = sizes[0] / (2 * len(sliding))
+    full = len(sliding) - sum(sliding)
+    # A full layer holds the 8 pages of 450 tokens, a sliding one those of the last step and 8 + 16 + 32 tokens before.
+    assert full * 8 * page + sum(sliding) * 2 * page <= sizes[-1] <= full * 8 * page + sum(sliding) * 4 * page
+    s.crop(375)  # the last step
+    assert torch.equal(decoder.forward([row[375:]], [s], output="all"), pieces[-1])
+    assert 0 < s.least_crop <= 375
+    with pytest.raises(ValueError, match=rf"to 100; use {s.least_crop} to 450, or 0: layers of a sliding window"):
+        s.crop(100)
+    assert s.length == 450
+    s.crop(0)
+    assert torch.equal(decoder.forward([row], [s], output="all"), together)
 
 
 def test_layers_differ_in_the_bits_of_their_cache(folders) -> None:

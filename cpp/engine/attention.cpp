@@ -159,7 +159,7 @@ class Run {
   void quantize(Rows& rows) const {
     const auto count = static_cast<std::int64_t>(rows.q.size());
     const std::int64_t stride = ceil_div(in_.head_dim, kVectorBytes) * kVectorBytes;
-    const std::int64_t groups = ceil_div(in_.head_dim, kQueryGroup);
+    const std::int64_t groups = ceil_div(in_.head_dim, kKeyGroup);
     rows.codes.resize(static_cast<std::size_t>(count * stride));
     rows.scale.resize(static_cast<std::size_t>(count * groups));
     rows.total.resize(static_cast<std::size_t>(count * groups));
@@ -170,7 +170,7 @@ class Run {
                               .total = rows.total.data() + r * groups,
                               .stride = stride,
                               .groups = groups};
-      table_.quantize_rows(rows.q[r], {0, 1}, in_.head_dim, kQueryGroup, row);
+      table_.quantize_rows(rows.q[r], {0, 1}, in_.head_dim, kKeyGroup, row);
     }
   }
 

@@ -96,6 +96,7 @@ KvShape Decoder::kv_shape(std::vector<KvLayerShape> layers) const {
   require(layers.size() == spec_.layers.size(), "types of keys and values are given for " +
                                                     std::to_string(layers.size()) + " layers; the model has " +
                                                     std::to_string(spec_.layers.size()));
+  for (std::size_t i = 0; i < layers.size(); ++i) layers[i].window = spec_.layers[i].window;
   return {.heads = spec_.kv_heads, .head_dim = spec_.head_dim, .layers = std::move(layers)};
 }
 

@@ -19,7 +19,8 @@ static_assert(kKeyTokens == 1 << kNearShift);
 std::int64_t round_up(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 KvPages stored_pages(const KvShape& shape, const KvLayerShape& layer) {
-  return {shape.heads, shape.head_dim, layer.keys, layer.values, kPageShift, 0, KvPages::kEverything};
+  const std::int64_t reach = layer.window > 0 ? layer.window + kKeyTokens + kCropTokens : KvPages::kEverything;
+  return {shape.heads, shape.head_dim, layer.keys, layer.values, kPageShift, 0, reach};
 }
 
 std::optional<KvPages> near_pages(const KvShape& shape, const KvLayerShape& layer) {
@@ -52,7 +53,7 @@ KvPages::KvPages(std::int64_t heads, std::int64_t head_dim, KvType keys, KvType 
                     .padded = padded_dim_,
                     .group = 1};
   keys_ = values_ = rows;
-  keys_.group = key_group(keys), values_.group = value_group(values);
+  keys_.group = kKeyGroup, values_.group = value_group(values);
   std::int64_t at = 0;
   const auto place = [&](std::int64_t bytes) {
     const std::int64_t begin = at;
@@ -213,15 +214,26 @@ void Sequence::append(const KernelTable& table, std::int64_t layer, std::int64_t
 }
 
 void Sequence::grow(std::int64_t length) {
+  slide(length - length_ <= kStepTaken ? length_ : length, 0);
   length_ = length;
-  slide(length, 0);
   for_pages([&](KvPages& pages) { pages.crop(length); });
 }
 
+std::int64_t Sequence::least_crop() const {
+  std::int64_t least = 0;
+  for (const KvLayer& layer : layers_) {
+    if (layer.stored.begin() > 0) least = std::max(least, layer.stored.begin() + layer.shape.window - 1);
+  }
+  return least;
+}
+
 void Sequence::crop(std::int64_t length) {
-  if (length < 0 || length > length_) {
+  const std::int64_t least = least_crop();
+  if (length < 0 || length > length_ || (length > 0 && length < least)) {
     throw std::invalid_argument("cannot crop a sequence of " + std::to_string(length_) + " tokens to " +
-                                std::to_string(length) + "; use 0 to " + std::to_string(length_));
+                                std::to_string(length) + "; use " + std::to_string(least) + " to " +
+                                std::to_string(length_) +
+                                (least > 0 ? ", or 0: layers of a sliding window forget what lies before it" : ""));
   }
   length_ = length;
   for_pages([&](KvPages& pages) { pages.crop(length); });

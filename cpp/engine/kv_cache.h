@@ -16,6 +16,8 @@ namespace llmq {
 constexpr std::int64_t kChunkTokens = 512;
 // Tokens that a crop may take back without a trace in a layer that forgets: more than speculative decoding guesses.
 constexpr std::int64_t kCropTokens = 32;
+// A step of at most so many tokens may be taken back as a whole, too.
+constexpr std::int64_t kStepTaken = 256;
 
 // How one layer stores its tokens. Where `near` is set, tokens are stored in that type as well as long as a query sees
 // them so: the first `sinks` and the last `recent` before each query, both rounded up to whole blocks of kKeyTokens.
@@ -24,6 +26,7 @@ struct KvLayerShape {
   bool rotate = false;  // keys, and the queries that meet them, are rotated by a Hadamard matrix
   std::optional<KvType> near = {};
   std::int64_t sinks = 0, recent = 0;
+  std::int64_t window = 0;  // tokens that a token sees, itself included; 0: all
 };
 
 struct KvShape {
@@ -108,8 +111,10 @@ class Sequence {
               const float* values) const;
   // The tokens up to `length` count from now on; their keys and values have been stored.
   void grow(std::int64_t length);
-  // Forget the tokens behind `length`. Throws std::invalid_argument when there are not so many.
+  // Forget the tokens behind `length`. Throws std::invalid_argument when there are not so many, or where tokens that
+  // the next one sees have left the window: 0 and least_crop() to length() are possible.
   void crop(std::int64_t length);
+  std::int64_t least_crop() const;
 
   // Held while a step runs: two steps on one sequence would write the same pages.
   std::mutex busy;

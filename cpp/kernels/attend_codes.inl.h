@@ -114,7 +114,6 @@ void append_value_codes(const KvRows& values, std::int64_t token, const float* v
 
 template <class Isa, int kBits>
 void key_scores_of_codes(const ScoreJob& job) {
-  const auto share = static_cast<int>(job.keys.group / kQueryGroup);
   float* out = job.out;
   for (std::int64_t token = job.tokens.begin; token < job.tokens.end; token += kKeyTokens) {
     for (std::int64_t i = 0; i < job.rows * kKeyTokens; ++i) out[i] = 0.0f;
@@ -128,9 +127,9 @@ void key_scores_of_codes(const ScoreJob& job) {
                        .stride = job.codes.stride,
                        .x_groups = job.codes.groups,
                        .columns = job.keys.dim,
-                       .group = kQueryGroup,
-                       .share = share,
-                       .left = share,
+                       .group = kKeyGroup,
+                       .share = 1,
+                       .left = 1,
                        .mid = 128};
     run_tiles<Isa, kBits, FromPanel<Isa, kBits>, 1, Isa::kTileTokens>(static_cast<int>(job.rows), at, out);
     out += job.rows * kKeyTokens;

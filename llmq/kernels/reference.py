@@ -87,7 +87,7 @@ def take_rows(t: QTensor, ids: Tensor) -> Tensor:
 
 
 # Columns of a head that share a scale in the key/value cache, by bits: of a key, of a value; and of a query.
-KEY_GROUP = {8: 32, 4: 64, 2: 32}
+KEY_GROUP = {8: 32, 4: 32, 2: 32}
 VALUE_GROUP = {8: 128, 4: 64, 2: 32}
 QUERY_GROUP = 32
 KV_BLOCK = 16  # tokens that change together from 16 bits to codes

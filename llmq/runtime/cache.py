@@ -80,8 +80,15 @@ class NativeCache(Cache):
         keep = columns + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, columns)
         if keep < 0:
             raise ValueError(f"cannot remove {-tokens_to_remove} columns from a cache of {columns}")
+        lengths = self.seen[:, :keep].sum(1).tolist()
+        for row, (sequence, length) in enumerate(zip(self.sequences, lengths, strict=True)):
+            if 0 < length < sequence.least_crop:
+                raise ValueError(
+                    f"row {row} of {sequence.length} tokens cannot be cropped to {length}: layers of a sliding window "
+                    f"hold what {sequence.least_crop} tokens or more need; start a new cache"
+                )
         self.seen = self.seen[:, :keep].clone()
-        for sequence, length in zip(self.sequences, self.seen.sum(1).tolist(), strict=True):
+        for sequence, length in zip(self.sequences, lengths, strict=True):
             sequence.crop(length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -137,7 +144,7 @@ class NativeCache(Cache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        """No layer forgets: ``crop`` can go back to any length."""
+        """``crop`` takes guesses back in every layer; how far else, ``Sequence.least_crop`` says."""
         return [False]
 
     def __len__(self) -> int:

@@ -60,8 +60,16 @@ class Sequence:
         """Bytes held."""
         return int(self._core.nbytes)
 
+    @property
+    def least_crop(self) -> int:
+        """The least length, besides 0, to crop to: layers of a sliding window forget what lies before it.
+
+        The last 32 tokens, and those of a last step of up to 256, can always be cropped.
+        """
+        return int(self._core.least_crop)
+
     def crop(self, length: int) -> None:
-        """Forget the tokens behind ``length``. Raises ValueError when there are not so many."""
+        """Forget the tokens behind ``length``: 0, or from ``least_crop`` on. Raises ValueError for others."""
         self._core.crop(length)
 
     def copy(self) -> Sequence:
