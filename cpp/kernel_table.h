@@ -76,9 +76,9 @@ constexpr int kMaxKvGroup = 128;
 //   values  [T][padded]: dim rounded up to kHeadPadding, the rest 0
 // or, as codes of `bits` bits, x ~ scale * (code - zero),
 //   keys    [T / 16] payloads of the layout LQ16 (layout.h) with tokens for rows
-//   values  [padded / 16][T / 2][2 bits][2] bytes: 16 columns of a pair of tokens; byte (c, token) holds, from its
-//   lowest
-//           bits on, the columns c, c + 2 bits, ... of the token; 8-bit codes are signed, less 128
+//   values  [columns / 16 / (8 / bits), rounded up][T / 2][16][2] bytes: byte (c, token) of a pair of tokens holds,
+//   from
+//           its lowest bits on, the columns c, c + 16, ... of the token; 8-bit codes are signed, less 128
 // from `scales` on f16: keys [T / 16][groups][16], values [groups][T]; from `zeros` on u8 zeros in the same order.
 struct KvRows {
   void* const* pages;                // by number

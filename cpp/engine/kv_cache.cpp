@@ -62,7 +62,10 @@ KvPages::KvPages(std::int64_t heads, std::int64_t head_dim, KvType keys, KvType 
   };
   const std::int64_t key_columns = kv_is_code(keys) ? round_up(head_dim, kBlockColumns) : head_dim;
   keys_.data = place(tokens * key_columns * kv_bits(keys) / 8);
-  values_.data = place(tokens * padded_dim_ * kv_bits(values) / 8);
+  // Strips of kHeadPadding columns share bytes.
+  const std::int64_t value_columns =
+      kv_is_code(values) ? round_up(head_dim, kHeadPadding * 8 / kv_bits(values)) : padded_dim_;
+  values_.data = place(tokens * value_columns * kv_bits(values) / 8);
   keys_.scales = place(kv_is_code(keys) ? tokens * keys_.groups() * 2 : 0);
   values_.scales = place(kv_is_code(values) ? tokens * values_.groups() * 2 : 0);
   keys_.zeros = place(kv_has_zero(keys) ? tokens * keys_.groups() : 0);

@@ -68,12 +68,21 @@ template <int kBits>
 LLMQ_INLINE std::uint8_t* key_codes_of(const KvRows& keys, std::int64_t token) {
   return page_of(keys, token) + keys.data + keys.slot(token) / kKeyTokens * (keys.blocks() * kBits * kVectorBytes);
 }
-// The codes of the strip of 16 columns that `column` begins, of the pair that `token` belongs to.
+// Columns of 16 that share bytes, and the bytes of a pair of tokens.
+template <int kBits>
+constexpr int kStrips = 8 / kBits;
+constexpr int kPairBytes = 2 * kHeadPadding;
+// The codes of the 16 columns that `column` is one of, of the pair that `token` belongs to; the first of these columns
+// begins at bit shift_of<kBits>(column) of a byte.
 template <int kBits>
 LLMQ_INLINE std::uint8_t* value_codes_of(const KvRows& values, std::int64_t token, std::int64_t column) {
-  constexpr std::int64_t kPairBytes = 4 * kBits;
-  return page_of(values, token) + values.data + column / kHeadPadding * (values.page_tokens() / 2 * kPairBytes) +
+  return page_of(values, token) + values.data +
+         column / (kStrips<kBits> * kHeadPadding) * (values.page_tokens() / 2 * kPairBytes) +
          values.slot(token) / 2 * kPairBytes;
+}
+template <int kBits>
+LLMQ_INLINE int shift_of(std::int64_t column) {
+  return static_cast<int>(column / kHeadPadding % kStrips<kBits>) * kBits;
 }
 
 template <class Isa, int kBits>
@@ -105,9 +114,9 @@ void append_value_codes(const KvRows& values, std::int64_t token, const float* v
     scales_of(values, token)[grid_at] = grid.scale;
     if (kBits < 8) zeros_of(values, token)[grid_at] = static_cast<std::uint8_t>(grid.zero);
     for (int i = 0; i < n; ++i) {
-      const auto column = static_cast<int>(first + i) % kHeadPadding;
-      std::uint8_t* to = value_codes_of<kBits>(values, token, first + i) + column % (2 * kBits) * 2 + token % 2;
-      put_code<kBits>(to, column / (2 * kBits) * kBits, kBits == 8 ? codes[i] ^ 128 : codes[i]);
+      const std::int64_t column = first + i;
+      std::uint8_t* to = value_codes_of<kBits>(values, token, column) + column % kHeadPadding * 2 + token % 2;
+      put_code<kBits>(to, shift_of<kBits>(column), kBits == 8 ? codes[i] ^ 128 : codes[i]);
     }
   }
 }
@@ -179,17 +188,13 @@ std::int32_t weighted_zeros(const ValueJob& job, std::int64_t group, const std::
 }
 
 // The codes of 16 columns over the tokens of a job, a byte each: [pairs][16][2]. 8-bit codes are read where they lie.
-template <int kBits>
-LLMQ_INLINE void unpack_values(const ValueJob& job, std::int64_t column, std::int8_t* out) {
-  constexpr int kPairBytes = 4 * kBits, kMask = (1 << kBits) - 1;
-  for (std::int64_t token = job.tokens.begin; token < job.tokens.end; token += 2, out += 2 * kHeadPadding) {
+template <class Isa, int kBits>
+LLMQ_INLINE void unpack_values(const ValueJob& job, std::int64_t column, std::uint8_t* out) {
+  const int shift = shift_of<kBits>(column);
+  for (std::int64_t token = job.tokens.begin; token < job.tokens.end; token += kKeyTokens) {
     const std::uint8_t* packed = value_codes_of<kBits>(job.values, token, column);
-    LLMQ_UNROLL
-    for (int s = 0; s < 8 / kBits; ++s) {
-      LLMQ_UNROLL
-      for (int i = 0; i < kPairBytes; ++i) {
-        out[s * kPairBytes + i] = static_cast<std::int8_t>(packed[i] >> s * kBits & kMask);
-      }
+    for (int byte = 0; byte < kKeyTokens / 2 * kPairBytes; byte += 4 * Isa::kRows, out += 4 * Isa::kRows) {
+      Isa::store_bytes(out, Isa::bits_at(Isa::load_bytes(packed + byte), shift, (1 << kBits) - 1));
     }
   }
 }
@@ -214,7 +219,7 @@ LLMQ_INLINE void add_codes(const std::int8_t* codes, int tokens, const std::int1
 // acc[row][16] += weights . values of the 16 columns from `column` on, for kRows query rows from `row` on among those
 // rounded. No sum overflows: a part's is at most 128 * 32767 * 128 < 2^31.
 template <class Isa, int kBits, int kRows>
-LLMQ_INLINE void add_strip(const ValueJob& job, std::int64_t column, const std::int8_t* unpacked,
+LLMQ_INLINE void add_strip(const ValueJob& job, std::int64_t column, const std::uint8_t* unpacked,
                            const RoundedWeights& weights, std::int64_t row, float* acc) {
   constexpr int kVectors = kHeadPadding / Isa::kRows;
   typename Isa::Ints sum[kRows][kVectors];
@@ -225,7 +230,8 @@ LLMQ_INLINE void add_strip(const ValueJob& job, std::int64_t column, const std::
   }
   const std::int16_t* codes = weights.codes[row];
   if constexpr (kBits < 8) {
-    add_codes<Isa, kRows, kVectors>(unpacked, static_cast<int>(job.tokens.end - job.tokens.begin), codes, sum);
+    add_codes<Isa, kRows, kVectors>(reinterpret_cast<const std::int8_t*>(unpacked),
+                                    static_cast<int>(job.tokens.end - job.tokens.begin), codes, sum);
   } else {
     for (std::int64_t token = job.tokens.begin; token < job.tokens.end;) {
       const int here =
@@ -249,7 +255,7 @@ LLMQ_INLINE void add_strip(const ValueJob& job, std::int64_t column, const std::
 template <class Isa, int kBits>
 void sum_values_of_codes(const ValueJob& job) {
   RoundedWeights weights;
-  alignas(64) std::int8_t unpacked[kBits < 8 ? kPartTokens * kHeadPadding : 1];
+  alignas(64) std::uint8_t unpacked[kBits < 8 ? kPartTokens * kHeadPadding : 1];
   for (std::int64_t first = 0; first < job.rows; first += kWeightRows) {
     const int rows = lesser(job.rows - first, kWeightRows);
     for (std::int64_t g = 0; g < job.values.groups(); ++g) {
@@ -260,7 +266,7 @@ void sum_values_of_codes(const ValueJob& job) {
       const std::int64_t begin = g * job.values.group,
                          end = begin + lesser(job.values.padded - begin, static_cast<int>(job.values.group));
       for (std::int64_t column = begin; column < end; column += kHeadPadding) {
-        if constexpr (kBits < 8) unpack_values<kBits>(job, column, unpacked);
+        if constexpr (kBits < 8) unpack_values<Isa, kBits>(job, column, unpacked);
         for_row_tiles<kAttendTile<Isa>>(rows, [&]<int kRows>(std::int64_t r) __attribute__((always_inline)) {
           add_strip<Isa, kBits, kRows>(job, column, unpacked, weights, r,
                                        job.acc + (first + r) * job.values.padded + column);
