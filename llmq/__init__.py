@@ -17,6 +17,7 @@ from llmq.config import (
 )
 from llmq.pipeline import QuantizationResult, quantize_model
 from llmq.qtensor import QTensor
+from llmq.runtime.causal_lm import set_kv_cache
 from llmq.runtime.hf import register as _register
 from llmq.runtime.qlinear import QEmbedding, QLinear, set_activation_bits
 from llmq.runtime.quantized_cache import QuantizedKVCache
@@ -41,4 +42,5 @@ __all__ = [
     "QuantizedKVCache",
     "quantize_model",
     "set_activation_bits",
+    "set_kv_cache",
 ]

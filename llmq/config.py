@@ -197,7 +197,8 @@ class KVCacheConfig:
     v_bits: int = option(16, "bits of a cached value", choices=KV_BITS)
     key_scales: str = option(
         "channel",
-        "scales of keys below 8 bits: of a column over a block of tokens (channel), or of a part of a token (token)",
+        "scales of keys below 8 bits: of a column over a block of tokens (channel), or of a part of a token (token; "
+        "the native decoder always has these)",
         choices=KEY_SCALES,
     )
     rotate: bool = option(
@@ -232,6 +233,11 @@ class KVCacheConfig:
         """The configuration called ``16``, ``8``, ``4``, ``2`` or ``k8v4``. Raises ValueError naming what is known."""
         k_bits, v_bits = _kv_bits(text)
         return cls(k_bits, v_bits)
+
+    @classmethod
+    def of(cls, kv: KVCacheConfig | str) -> KVCacheConfig:
+        """``kv`` itself, or the configuration that its text names."""
+        return kv if isinstance(kv, KVCacheConfig) else cls.parse(kv)
 
 
 def _kv_bits(text: str) -> tuple[int, int]:
