@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmq.bench import machine, report
+from llmq.bench import lookup, machine, report
 from llmq.bench.drivers import EngineFailed, Plan, measure
 from llmq.bench.engines import DEFAULT, ENGINES, Engine, Program, Source, file_name, made, select
 from llmq.bench.roofline import Footprint, Work, footprint
@@ -56,6 +56,10 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     what.add_argument("--batch", type=_numbers, metavar="N,...", help="sequences decoded at once (default: none)")
     what.add_argument("--new-tokens", type=int, default=Plan.new_tokens, help="tokens timed in decoding (default 64)")
     what.add_argument("--sweep", choices=SWEEPS, help="a growth curve instead of the comparison")
+    what.add_argument(
+        "--prompt-lookup", type=int, nargs="?", const=6, metavar="N", help="only its gain; N guesses a step (default 6)"
+    )
+    what.add_argument("--text", type=Path, metavar="FILE", help="for --prompt-lookup (default: Python's documentation)")
     how = parser.add_argument_group("how")
     how.add_argument("--threads", type=int, default=machine.usable_cpus(), help="of every engine (default: all CPUs)")
     how.add_argument("--rounds", type=int, default=3, help="turns through all engines (default 3)")
@@ -79,13 +83,18 @@ def _numbers(text: str) -> tuple[int, ...]:
     return values
 
 
-def plan_of(args: argparse.Namespace) -> Plan:
-    """What is measured. Raises ValueError for numbers that measure nothing."""
+def check_counts(args: argparse.Namespace) -> None:
+    """Raise ValueError for numbers that measure nothing."""
     for name in ("threads", "rounds", "repeats", "new_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     if args.threads > 1024:
         raise ValueError(f"--threads is {args.threads}; at most 1024")
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """What is measured. Raises ValueError for numbers that measure nothing."""
+    check_counts(args)
     plan = SWEEPS[args.sweep].plan if args.sweep else Plan()
     given = {"prefill": args.prefill, "depths": args.context, "batches": args.batch}
     plan = replace(plan, **{name: value for name, value in given.items() if value is not None})
@@ -267,8 +276,16 @@ def run(args: argparse.Namespace) -> Record | None:
 
 
 def main(argv: Sequence[str] | None = None, *, description: str | None = None) -> int:
-    """The command. Exit code 0; 1 if an engine failed; 2 for bad input."""
+    """The command. Exit code 0; 1 if an engine failed or prompt lookup changed the text; 2 for bad input."""
     args = build_parser(description).parse_args(argv)
     records: list[Record | None] = []
+    if args.prompt_lookup is not None:
+        same: list[bool] = []
+
+        def measure_lookup() -> None:
+            check_counts(args)
+            same.append(lookup.run(args))
+
+        return exit_code(measure_lookup) or int(not all(same))
     code = exit_code(lambda: records.append(run(args)))
     return code or int(any(record is not None and bool(record["failed"]) for record in records))

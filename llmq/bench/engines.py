@@ -11,14 +11,18 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llmq.bench.gguf_export import export_gguf
+from llmq.bench.peer_files import make_onnx, make_openvino
 from llmq.config import QuantScheme, one_of
 from llmq.pipeline import quantize_model
 
 Log = Callable[[str], None]
 # Raised when an engine's files would come out differently, so that older ones are not used.
 FILES = 1
+INSTALL_ONNX = "pip install onnxruntime onnxruntime-genai onnx onnx-ir"
+INSTALL_OPENVINO = "pip install openvino-genai optimum-intel (which wants transformers < 5.6)"
 INSTALL_LLAMA = "CMAKE_ARGS=-DGGML_NATIVE=ON pip install 'llmq[bench]', or name a built llama-bench with --llama-bench"
 
 
@@ -70,6 +74,7 @@ class Engine:
         options: for the driver.
         stored_bits: bits of a weight in memory where the file's are other ones.
         module: Python module it needs, or None; ``install`` says how to get it.
+        makers: further modules that making its file needs.
         program: the llama-bench that runs it.
     """
 
@@ -80,14 +85,22 @@ class Engine:
     options: dict[str, object] = field(default_factory=dict)
     stored_bits: int | None = None
     module: str | None = None
+    makers: tuple[str, ...] = ()
     install: str = ""
     program: Program | None = None
 
     def missing(self) -> str | None:
         """Why it cannot run here, with the way out; None if it can."""
-        if self.module is None or importlib.util.find_spec(self.module) is not None:
-            return None
-        return f"the package {self.module} is not installed; {self.install}"
+        needed = (self.module, *self.makers) if self.module is not None else self.makers
+        lacking = next((name for name in needed if not _installed(name)), None)
+        return f"the package {lacking} is not installed; {self.install}" if lacking else None
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
 
 
 def _llmq(scheme: str, head_bits: int) -> Engine:
@@ -121,6 +134,14 @@ def _export(source: Source, path: Path, log: Log) -> None:
     export_gguf(source.folder, path)
 
 
+def _peer(driver: str, about: str, maker: Callable[[Path, Path], None], **needs: Any) -> Engine:
+    def make(source: Source, path: Path, log: Log) -> None:
+        log(f"writing the files of {about}")
+        maker(source.folder, path)
+
+    return Engine(driver, about, make, **needs)
+
+
 # Name -> row. A llama.cpp row stands for each --llama-bench program where there are some.
 ENGINES: dict[str, Engine] = {
     "llmq-w4-h4": _llmq("w4g128", 4),
@@ -132,6 +153,22 @@ ENGINES: dict[str, Engine] = {
     "llama.cpp-q4_k_m": _llama("Q4_K_M"),
     "llama.cpp-q8_0": _llama("Q8_0"),
     "llama.cpp-f16": _llama("F16"),
+    "onnx-genai-int4": _peer(
+        "onnx-genai",
+        "ONNX Runtime GenAI int4 g32 symmetric, int8 activations, head 4",
+        make_onnx,
+        module="onnxruntime_genai",
+        makers=("onnx", "onnx_ir"),
+        install=INSTALL_ONNX,
+    ),
+    "openvino-int4": _peer(
+        "openvino",
+        "OpenVINO GenAI int4 g32 symmetric, head 8",
+        make_openvino,
+        module="openvino_genai",
+        makers=("optimum.intel", "nncf"),
+        install=INSTALL_OPENVINO,
+    ),
     "torch-bf16": _torch("bfloat16", 16),
     "torch-fp32": _torch("float32", 32),
 }
