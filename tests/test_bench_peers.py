@@ -121,8 +121,24 @@ def test_a_peer_that_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyP
 
 
 def test_a_tool_that_fails_gives_its_last_words(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no_such_tool ended with code 1: .*No module named no_such_tool"):
+    with pytest.raises(peer_files.ToolFailed, match="no_such_tool ended with code 1: .*No module named no_such_tool"):
         peer_files._tool("no_such_tool", str(tmp_path))
+
+
+def test_an_engine_whose_tool_fails_is_left_out_alone(
+    tiny_model: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make(*_args: Any) -> None:
+        raise peer_files.ToolFailed("the builder ended with code 3")
+
+    result = drivers.Result({"prefill 8": [1.0]}, 1, 2 << 20, 1 << 20, 1)
+    monkeypatch.setitem(drivers.DRIVERS, "transformers", lambda *_: result)
+    monkeypatch.setitem(ENGINES, "broken", Engine("onnx-genai", "broken", make))
+    argv = ["--model", str(tiny_model("llama")), "--engines", "torch-fp32,broken", "--prefill", "8", "--context", ""]
+    assert command.main([*argv, "--rounds", "1", "--threads", "1", "--cache", str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    assert "failed: broken: the builder ended with code 3" in out
+    assert "| torch-fp32" in out
 
 
 def test_rope_of_each_kind_is_flattened_and_a_scaled_one_refused() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from llmq.bench import lookup, machine, report
 from llmq.bench.drivers import EngineFailed, Plan, measure
 from llmq.bench.engines import DEFAULT, ENGINES, Engine, Program, Source, file_name, made, select
+from llmq.bench.peer_files import ToolFailed
 from llmq.bench.roofline import Footprint, Work, footprint
 from llmq.config import cache_folder
 from llmq.evaluation import check_output, check_plot, exit_code, to_stderr
@@ -170,14 +171,19 @@ def prepare(args: argparse.Namespace) -> tuple[Record, dict[str, Engine], Source
 
 
 def files_of(record: Record, engines: dict[str, Engine], source: Source) -> dict[str, Path]:
-    """Make each engine's file, and note what it reads for a token."""
+    """Make each engine's file, and note what it reads for a token; if its tool fails, note that."""
     work = Work.from_json(record["model"]["work"])
     paths: dict[str, Path] = {}
     for name, row in engines.items():
         path = source.folder
         if row.make is not None:
             file = file_name(name, source.programs).removeprefix("llama.cpp-") + (row.suffix or "")
-            path = made(source, file, row.make, to_stderr)
+            try:
+                path = made(source, file, row.make, to_stderr)
+            except ToolFailed as error:
+                record["failed"][name] = str(error)
+                to_stderr(f"{name} failed: {error}")
+                continue
         paths[name] = path
         foot: Footprint = footprint(path, work, stored_bits=row.stored_bits)
         record["engines"][name] = {"about": row.about, "footprint": asdict(foot), "version": "", "notes": []}

@@ -21,8 +21,10 @@ from llmq.pipeline import quantize_model
 Log = Callable[[str], None]
 # Raised when an engine's files would come out differently, so that older ones are not used.
 FILES = 1
-INSTALL_ONNX = "pip install onnxruntime onnxruntime-genai onnx onnx-ir"
-INSTALL_OPENVINO = "pip install openvino-genai optimum-intel (which wants transformers < 5.6)"
+INSTALL_ONNX = "pip install 'llmq[peers]' onnxruntime"
+INSTALL_OPENVINO = (
+    "pip install 'llmq[peers]' optimum-intel 'transformers==5.0.0' 'datasets<5', best in a new environment"
+)
 INSTALL_LLAMA = "CMAKE_ARGS=-DGGML_NATIVE=ON pip install 'llmq[bench]', or name a built llama-bench with --llama-bench"
 
 

@@ -18,14 +18,20 @@ ONNX_MODEL = "model.onnx"
 # 4 bits, one scale for 32 weights: the builder's own default, as Q4_0. Only the last position's logits, as the others.
 ONNX_OPTIONS = ("block_size=32", "accuracy_level=4", "prune_lm_head=true")
 # Symmetric 4 bits, one scale for 32 weights, in every block; the exporter keeps the embedding and the head at 8.
-OPENVINO_OPTIONS = ("--task", "text-generation-with-past", "--weight-format", "int4", "--sym")
-OPENVINO_OPTIONS += ("--group-size", "32", "--ratio", "1.0")
+OPENVINO_OPTIONS = (
+    *("--task", "text-generation-with-past", "--weight-format", "int4"),
+    *("--sym", "--group-size", "32", "--ratio", "1.0"),
+)
 # Tables that a token reads one row of.
 ROWS_ONLY = ("cos_cache", "sin_cache")
 
 
+class ToolFailed(RuntimeError):
+    """The tool of another engine could not make its file; that engine alone is left out."""
+
+
 def make_onnx(folder: Path, path: Path) -> None:
-    """Build the folder ``path`` for ONNX Runtime GenAI. Raises ValueError with the builder's last words."""
+    """Build the folder ``path`` for ONNX Runtime GenAI. Raises ToolFailed with the builder's last words."""
     scratch = path.with_name(f"{path.name}-scratch")
     _tool("llmq.bench.peer_files", str(folder), str(path), str(scratch))
     if scratch.is_dir():
@@ -33,7 +39,7 @@ def make_onnx(folder: Path, path: Path) -> None:
 
 
 def make_openvino(folder: Path, path: Path) -> None:
-    """Export the folder ``path`` for OpenVINO GenAI. Raises ValueError with the exporter's last words."""
+    """Export the folder ``path`` for OpenVINO GenAI. Raises ToolFailed with the exporter's last words."""
     _tool("optimum.commands.optimum_cli", "export", "openvino", "--model", str(folder), *OPENVINO_OPTIONS, str(path))
 
 
@@ -42,7 +48,7 @@ def _tool(module: str, *arguments: str) -> None:
     run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if run.returncode:
         last = (run.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ValueError(f"python -m {module} ended with code {run.returncode}: {last[:300]}")
+        raise ToolFailed(f"python -m {module} ended with code {run.returncode}: {last[:300]}")
 
 
 def flat_rope(config: Any) -> Any:
