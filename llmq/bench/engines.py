@@ -11,10 +11,9 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from llmq.bench.gguf_export import export_gguf
-from llmq.bench.peer_files import make_onnx, make_openvino
+from llmq.bench.peer_files import ToolFailed, make_onnx, make_openvino
 from llmq.config import QuantScheme, one_of
 from llmq.pipeline import quantize_model
 
@@ -76,7 +75,6 @@ class Engine:
         options: for the driver.
         stored_bits: bits of a weight in memory where the file's are other ones.
         module: Python module it needs, or None; ``install`` says how to get it.
-        makers: further modules that making its file needs.
         program: the llama-bench that runs it.
     """
 
@@ -87,15 +85,14 @@ class Engine:
     options: dict[str, object] = field(default_factory=dict)
     stored_bits: int | None = None
     module: str | None = None
-    makers: tuple[str, ...] = ()
     install: str = ""
     program: Program | None = None
 
     def missing(self) -> str | None:
         """Why it cannot run here, with the way out; None if it can."""
-        needed = (self.module, *self.makers) if self.module is not None else self.makers
-        lacking = next((name for name in needed if not _installed(name)), None)
-        return f"the package {lacking} is not installed; {self.install}" if lacking else None
+        if self.module is None or _installed(self.module):
+            return None
+        return f"the package {self.module} is not installed; {self.install}"
 
 
 def _installed(module: str) -> bool:
@@ -136,12 +133,19 @@ def _export(source: Source, path: Path, log: Log) -> None:
     export_gguf(source.folder, path)
 
 
-def _peer(driver: str, about: str, maker: Callable[[Path, Path], None], **needs: Any) -> Engine:
+def _peer(
+    driver: str, about: str, maker: Callable[[Path, Path], None], tools: tuple[str, ...], module: str, install: str
+) -> Engine:
+    """``tools``: modules that only the making of the files needs; another environment may have made them."""
+
     def make(source: Source, path: Path, log: Log) -> None:
+        for tool in tools:
+            if not _installed(tool):
+                raise ToolFailed(f"making its files needs the package {tool}, which is not installed; {install}")
         log(f"writing the files of {about}")
         maker(source.folder, path)
 
-    return Engine(driver, about, make, **needs)
+    return Engine(driver, about, make, module=module, install=install)
 
 
 # Name -> row. A llama.cpp row stands for each --llama-bench program where there are some.
@@ -159,17 +163,17 @@ ENGINES: dict[str, Engine] = {
         "onnx-genai",
         "ONNX Runtime GenAI int4 g32 symmetric, int8 activations, head 4",
         make_onnx,
-        module="onnxruntime_genai",
-        makers=("onnx", "onnx_ir"),
-        install=INSTALL_ONNX,
+        ("onnx_ir",),
+        "onnxruntime_genai",
+        INSTALL_ONNX,
     ),
     "openvino-int4": _peer(
         "openvino",
         "OpenVINO GenAI int4 g32 symmetric, head 8",
         make_openvino,
-        module="openvino_genai",
-        makers=("optimum.intel", "nncf"),
-        install=INSTALL_OPENVINO,
+        ("optimum.intel", "nncf"),
+        "openvino_genai",
+        INSTALL_OPENVINO,
     ),
     "torch-bf16": _torch("bfloat16", 16),
     "torch-fp32": _torch("float32", 32),
