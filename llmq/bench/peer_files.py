@@ -22,7 +22,7 @@ OPENVINO_OPTIONS = (
     *("--task", "text-generation-with-past", "--weight-format", "int4"),
     *("--sym", "--group-size", "32", "--ratio", "1.0"),
 )
-# Tables that a token reads one row of.
+# Beginnings of the names of rope tables, of which a token reads one row (Gemma 3 has a local and a global pair).
 ROWS_ONLY = ("cos_cache", "sin_cache")
 
 
@@ -96,7 +96,7 @@ def onnx_sizes(folder: Path) -> dict[str, tuple[int, float]]:
         outside = {entry.key: entry.value for entry in tensor.external_data}
         count = math.prod(tensor.dims)
         nbytes = int(outside["length"]) if "length" in outside else tensor.ByteSize()
-        if tensor.name not in ROWS_ONLY:
+        if not tensor.name.startswith(ROWS_ONLY):
             sizes[tensor.name] = (count, float(nbytes))
     return sizes
 

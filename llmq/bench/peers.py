@@ -13,12 +13,8 @@ from typing import Any
 import numpy as np
 
 
-def _vocabulary(path: str, *keys: str) -> int:
-    """The vocabulary's size in a JSON file of the folder, under nested ``keys``."""
-    value: Any = json.loads(Path(path).read_text(encoding="utf-8"))
-    for key in keys:
-        value = value[key]
-    return int(value)
+def _json(path: str) -> Any:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 class OnnxGenai:
@@ -32,14 +28,17 @@ class OnnxGenai:
         options = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
         self.model = onnxruntime_genai.Model(config)
-        self.vocabulary = _vocabulary(f"{path}/genai_config.json", "model", "vocab_size")
+        described = _json(f"{path}/genai_config.json")["model"]
+        self.vocabulary = int(described["vocab_size"])
+        # Its attention refuses a cache shorter than the sliding window.
+        self.shortest = int(described["decoder"].get("sliding_window", {}).get("window_size", 0))
         self.version = f"onnxruntime-genai {onnxruntime_genai.__version__}"
         self.notes: list[str] = []
         self.random = np.random.default_rng(0)
 
     def _start(self, prompt: int, new_tokens: int, batch: int) -> tuple[Any, float]:
         """A generator that has its first new token, and the seconds that took."""
-        length = prompt + new_tokens
+        length = max(prompt + new_tokens, self.shortest)
         parameters = self.genai.GeneratorParams(self.model)
         # min_length: an end token is never chosen before it.
         parameters.set_search_options(max_length=length, min_length=length, batch_size=batch, do_sample=False)
@@ -78,7 +77,7 @@ class OpenVino:
         self.openvino: Any = openvino
         self.genai: Any = openvino_genai
         self.pipeline = openvino_genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads)
-        self.vocabulary = _vocabulary(f"{path}/config.json", "vocab_size")
+        self.vocabulary = int(_json(f"{path}/config.json")["vocab_size"])
         self.version = f"openvino-genai {openvino_genai.__version__}"
         self.notes = ["OpenVINO's default cache of keys and values has 8 bits"]
         self.random = np.random.default_rng(0)
