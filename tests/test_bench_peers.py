@@ -178,7 +178,7 @@ def test_rope_tables_are_no_weights_and_bytes_outside_count(tmp_path: Path, monk
 
     names = {"a.weight_Q4": "24", "b.norm": None, "cos_cache": "9", "cos_cache_local": "9", "sin_cache_global": "9"}
     graph = SimpleNamespace(initializer=[tensor(name, length) for name, length in names.items()])
-    fake = SimpleNamespace(load=lambda _path, load_external_data: SimpleNamespace(graph=graph))
+    fake = SimpleNamespace(load=lambda *_args, **_options: SimpleNamespace(graph=graph))
     monkeypatch.setitem(sys.modules, "onnx", fake)
     assert peer_files.onnx_sizes(tmp_path) == {"a.weight_Q4": (24, 24.0), "b.norm": (24, 96.0)}
 
