@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmq.bench import machine, report
+from llmq.bench import lookup, machine, report
 from llmq.bench.drivers import EngineFailed, Plan, measure
 from llmq.bench.engines import DEFAULT, ENGINES, Engine, Program, Source, file_name, made, select
+from llmq.bench.peer_files import ToolFailed
 from llmq.bench.roofline import Footprint, Work, footprint
 from llmq.config import cache_folder
 from llmq.evaluation import check_output, check_plot, exit_code, to_stderr
@@ -56,6 +57,10 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     what.add_argument("--batch", type=_numbers, metavar="N,...", help="sequences decoded at once (default: none)")
     what.add_argument("--new-tokens", type=int, default=Plan.new_tokens, help="tokens timed in decoding (default 64)")
     what.add_argument("--sweep", choices=SWEEPS, help="a growth curve instead of the comparison")
+    what.add_argument(
+        "--prompt-lookup", type=int, nargs="?", const=6, metavar="N", help="only its gain; N guesses a step (default 6)"
+    )
+    what.add_argument("--text", type=Path, metavar="FILE", help="for --prompt-lookup (default: Python's documentation)")
     how = parser.add_argument_group("how")
     how.add_argument("--threads", type=int, default=machine.usable_cpus(), help="of every engine (default: all CPUs)")
     how.add_argument("--rounds", type=int, default=3, help="turns through all engines (default 3)")
@@ -79,13 +84,18 @@ def _numbers(text: str) -> tuple[int, ...]:
     return values
 
 
-def plan_of(args: argparse.Namespace) -> Plan:
-    """What is measured. Raises ValueError for numbers that measure nothing."""
+def check_counts(args: argparse.Namespace) -> None:
+    """Raise ValueError for numbers that measure nothing."""
     for name in ("threads", "rounds", "repeats", "new_tokens"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     if args.threads > 1024:
         raise ValueError(f"--threads is {args.threads}; at most 1024")
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    """What is measured. Raises ValueError for numbers that measure nothing."""
+    check_counts(args)
     plan = SWEEPS[args.sweep].plan if args.sweep else Plan()
     given = {"prefill": args.prefill, "depths": args.context, "batches": args.batch}
     plan = replace(plan, **{name: value for name, value in given.items() if value is not None})
@@ -161,14 +171,19 @@ def prepare(args: argparse.Namespace) -> tuple[Record, dict[str, Engine], Source
 
 
 def files_of(record: Record, engines: dict[str, Engine], source: Source) -> dict[str, Path]:
-    """Make each engine's file, and note what it reads for a token."""
+    """Make each engine's file, and note what it reads for a token; if its tool fails, note that."""
     work = Work.from_json(record["model"]["work"])
     paths: dict[str, Path] = {}
     for name, row in engines.items():
         path = source.folder
         if row.make is not None:
             file = file_name(name, source.programs).removeprefix("llama.cpp-") + (row.suffix or "")
-            path = made(source, file, row.make, to_stderr)
+            try:
+                path = made(source, file, row.make, to_stderr)
+            except ToolFailed as error:
+                record["failed"][name] = str(error)
+                to_stderr(f"{name} failed: {error}")
+                continue
         paths[name] = path
         foot: Footprint = footprint(path, work, stored_bits=row.stored_bits)
         record["engines"][name] = {"about": row.about, "footprint": asdict(foot), "version": "", "notes": []}
@@ -267,8 +282,16 @@ def run(args: argparse.Namespace) -> Record | None:
 
 
 def main(argv: Sequence[str] | None = None, *, description: str | None = None) -> int:
-    """The command. Exit code 0; 1 if an engine failed; 2 for bad input."""
+    """The command. Exit code 0; 1 if an engine failed or prompt lookup changed the text; 2 for bad input."""
     args = build_parser(description).parse_args(argv)
     records: list[Record | None] = []
+    if args.prompt_lookup is not None:
+        same: list[bool] = []
+
+        def measure_lookup() -> None:
+            check_counts(args)
+            same.append(lookup.run(args))
+
+        return exit_code(measure_lookup) or int(not all(same))
     code = exit_code(lambda: records.append(run(args)))
     return code or int(any(record is not None and bool(record["failed"]) for record in records))

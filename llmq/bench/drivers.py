@@ -230,6 +230,8 @@ def _batched(program: Program, path: Path, plan: Plan, threads: int) -> Finished
 DRIVERS: dict[str, Callable[[Engine, Path, Plan, int], Result]] = {
     "transformers": _worker("transformers"),
     "llama-cpp-python": _worker("llama-cpp-python"),
+    "onnx-genai": _worker("onnx-genai"),
+    "openvino": _worker("openvino"),
     "llama-bench": run_llama_bench,
 }
 

@@ -13,12 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmq.bench.gguf_export import export_gguf
+from llmq.bench.peer_files import ToolFailed, make_onnx, make_openvino
 from llmq.config import QuantScheme, one_of
 from llmq.pipeline import quantize_model
 
 Log = Callable[[str], None]
 # Raised when an engine's files would come out differently, so that older ones are not used.
 FILES = 1
+INSTALL_ONNX = "pip install 'llmq[peers]' onnxruntime"
+INSTALL_OPENVINO = (
+    "pip install 'llmq[peers]' optimum-intel 'transformers==5.0.0' 'datasets<5', best in a new environment"
+)
 INSTALL_LLAMA = "CMAKE_ARGS=-DGGML_NATIVE=ON pip install 'llmq[bench]', or name a built llama-bench with --llama-bench"
 
 
@@ -85,9 +90,16 @@ class Engine:
 
     def missing(self) -> str | None:
         """Why it cannot run here, with the way out; None if it can."""
-        if self.module is None or importlib.util.find_spec(self.module) is not None:
+        if self.module is None or _installed(self.module):
             return None
         return f"the package {self.module} is not installed; {self.install}"
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
 
 
 def _llmq(scheme: str, head_bits: int) -> Engine:
@@ -121,6 +133,21 @@ def _export(source: Source, path: Path, log: Log) -> None:
     export_gguf(source.folder, path)
 
 
+def _peer(
+    driver: str, about: str, maker: Callable[[Path, Path], None], tools: tuple[str, ...], module: str, install: str
+) -> Engine:
+    """``tools``: modules that only the making of the files needs; another environment may have made them."""
+
+    def make(source: Source, path: Path, log: Log) -> None:
+        for tool in tools:
+            if not _installed(tool):
+                raise ToolFailed(f"making its files needs the package {tool}, which is not installed; {install}")
+        log(f"writing the files of {about}")
+        maker(source.folder, path)
+
+    return Engine(driver, about, make, module=module, install=install)
+
+
 # Name -> row. A llama.cpp row stands for each --llama-bench program where there are some.
 ENGINES: dict[str, Engine] = {
     "llmq-w4-h4": _llmq("w4g128", 4),
@@ -132,6 +159,22 @@ ENGINES: dict[str, Engine] = {
     "llama.cpp-q4_k_m": _llama("Q4_K_M"),
     "llama.cpp-q8_0": _llama("Q8_0"),
     "llama.cpp-f16": _llama("F16"),
+    "onnx-genai-int4": _peer(
+        "onnx-genai",
+        "ONNX Runtime GenAI int4 g32 symmetric, int8 activations, head 4",
+        make_onnx,
+        ("onnx_ir",),
+        "onnxruntime_genai",
+        INSTALL_ONNX,
+    ),
+    "openvino-int4": _peer(
+        "openvino",
+        "OpenVINO GenAI int4 g32 symmetric, head 8",
+        make_openvino,
+        ("optimum.intel", "nncf"),
+        "openvino_genai",
+        INSTALL_OPENVINO,
+    ),
     "torch-bf16": _torch("bfloat16", 16),
     "torch-fp32": _torch("float32", 32),
 }

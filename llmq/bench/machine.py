@@ -34,7 +34,10 @@ FLAGS = (
     *("asimddp", "i8mm", "sve"),
 )
 PEAK_ROWS = {"avx512_vnni": 0, "avx_vnni": 1, "avx2": 2, "asimddp": 0}
-PACKAGES = ("torch", "transformers", "numpy", "gguf", "llama-cpp-python", "openvino-genai")
+PACKAGES = (
+    *("torch", "transformers", "numpy", "gguf", "llama-cpp-python"),
+    *("openvino-genai", "optimum-intel", "onnxruntime", "onnxruntime-genai"),
+)
 
 
 def describe() -> dict[str, Any]:

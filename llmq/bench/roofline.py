@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from llmq.bench import peer_files
 from llmq.models.load import open_model
 from llmq.models.reader import WeightReader
 
@@ -91,7 +92,8 @@ def footprint(path: Path, work: Work, *, stored_bits: int | None = None) -> Foot
     A token embedding is not counted unless it is the head too: one of its rows is read. ``stored_bits`` overrides the
     file's own width of every weight (torch converts when it loads).
     """
-    sizes = _gguf_sizes(path) if path.is_file() else _safetensors_sizes(path)
+    read = next((reader for name, reader in peer_files.SIZES.items() if (path / name).is_file()), _safetensors_sizes)
+    sizes = _gguf_sizes(path) if path.is_file() else read(path)
     if stored_bits is not None:
         sizes = {name: (n, n * stored_bits / 8) for name, (n, _) in sizes.items()}
     # A quantized matrix is several tensors (codes, scales, zeros) of one name and different endings.

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from llmq.bench.drivers import BATCH_PROMPT, MARK
 from llmq.bench.machine import peak_memory
+from llmq.bench.peers import OnnxGenai, OpenVino
 
 WARM_UP = 16  # tokens of the first prompt, which is not timed
 
@@ -65,7 +66,7 @@ class Transformers:
 
         vocabulary = self.model.config.get_text_config().vocab_size
         ids = torch.randint(0, vocabulary, (batch, prompt))
-        streamer = _Clock() if batch == 1 else None
+        streamer = Clock() if batch == 1 else None
         options = {"max_new_tokens": new_tokens, "do_sample": False, "attention_mask": torch.ones_like(ids)}
         start = time.perf_counter()
         out = self.model.generate(ids, streamer=streamer, **options)
@@ -100,7 +101,7 @@ class _Notes(logging.Handler):
         self.notes.append(record.getMessage())
 
 
-class _Clock:
+class Clock:
     """A streamer that notes when each new token came."""
 
     def __init__(self) -> None:
@@ -194,7 +195,12 @@ class LlamaCpp:
         return seconds / new_tokens
 
 
-BACKENDS: dict[str, Callable[..., Session]] = {"transformers": Transformers, "llama-cpp-python": LlamaCpp}
+BACKENDS: dict[str, Callable[..., Session]] = {
+    "transformers": Transformers,
+    "llama-cpp-python": LlamaCpp,
+    "onnx-genai": OnnxGenai,
+    "openvino": OpenVino,
+}
 
 
 def run(order: dict[str, Any]) -> dict[str, Any]:
