@@ -39,13 +39,16 @@ WRONG = {
 
 
 def runtime(sanitizers: str) -> str:
-    """Path of the compiler's runtime; skips where either is missing."""
+    """What to preload: the compiler's runtime, then libstdc++, in which it looks for what it wraps (exceptions).
+
+    Skips where the compiler or the runtime is missing.
+    """
     if not shutil.which("g++"):
         pytest.skip("needs g++")
     path = run("g++", f"-print-file-name={RUNTIMES[sanitizers]}").strip()
     if not Path(path).is_file():
         pytest.skip(f"needs {RUNTIMES[sanitizers]} of g++")
-    return path
+    return f"{path} {run('g++', '-print-file-name=libstdc++.so.6').strip()}"
 
 
 def child(sanitizers: str, folder: Path, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
