@@ -141,6 +141,9 @@ PYBIND11_MODULE(_core, m) {
       },
       py::kw_only(), "x"_a, "m"_a, "k"_a, "group"_a, "stride"_a, "q"_a, "scale"_a, "total"_a);
   m.def(
+      "hadamard", [](Address x, std::int64_t n) { current_table().hadamard(at<float>(x), n); }, py::kw_only(), "x"_a,
+      "n"_a);
+  m.def(
       "block_max",
       [](Address x, std::int64_t n, Address out) { current_table().block_max(at<const float>(x), n, at<float>(out)); },
       py::kw_only(), "x"_a, "n"_a, "out"_a);

@@ -2,8 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "bindings.h"
 #include "dispatch.h"
+#include "engine/attention.h"
 #include "engine/decoder.h"
 
 namespace py = pybind11;
@@ -79,22 +82,88 @@ void bind_spec(py::module_& m) {
   vector_field(spec, "final_norm", &DecoderSpec::final_norm);
 }
 
+KvType kv_type(int bits) {
+  for (int type = 0; type < kKvTypes; ++type) {
+    if (kv_bits(static_cast<KvType>(type)) == bits) return static_cast<KvType>(type);
+  }
+  throw std::invalid_argument(std::to_string(bits) + " bits of a key or value cannot be stored");
+}
+
+// Bits of keys and of values, and what KVCacheConfig says besides; see llmq/config.py.
+KvLayerShape layer_shape(std::pair<int, int> bits, int near_bits, bool rotate, std::int64_t sinks,
+                         std::int64_t recent) {
+  KvLayerShape shape{.keys = kv_type(bits.first), .values = kv_type(bits.second), .sinks = sinks, .recent = recent};
+  shape.rotate = rotate && bits.first < 8;
+  // Codes of 8 bits are as good for every token.
+  if ((bits.first < 8 || bits.second < 8) && sinks + recent > 0) shape.near = kv_type(near_bits);
+  return shape;
+}
+
+std::unique_ptr<Sequence> new_sequence(const Decoder& decoder, const std::vector<std::pair<int, int>>& layers,
+                                       int near_bits, bool rotate, std::int64_t sinks, std::int64_t recent) {
+  std::vector<KvLayerShape> shapes;
+  for (const auto& bits : layers) shapes.push_back(layer_shape(bits, near_bits, rotate, sinks, recent));
+  return std::make_unique<Sequence>(decoder.kv_shape(std::move(shapes)));
+}
+
+// Attention of the last `count` of `length` tokens, as one layer of a decoder computes it. Rotation is the caller's.
+void attend(Address q, Address k, Address v, std::int64_t count, std::int64_t length, std::int64_t heads,
+            std::int64_t kv_heads, std::int64_t head_dim, std::pair<int, int> bits, std::int64_t sinks,
+            std::int64_t recent, std::int64_t window, float softcap, Address out) {
+  KvLayerShape shape = layer_shape(bits, 16, false, sinks, recent);
+  shape.window = window;
+  const py::gil_scoped_release unlocked;
+  const KernelTable& table = current_table();
+  Sequence sequence({.heads = kv_heads, .head_dim = head_dim, .layers = {shape}});
+  const auto add = [&](std::int64_t n) {
+    const std::int64_t start = sequence.length();
+    sequence.reserve(n);
+    sequence.slide(start, n);
+    for (std::int64_t t = start; t < start + n; ++t) {
+      const std::int64_t first = t * kv_heads * head_dim;
+      sequence.append(table, 0, t, at<const float>(k) + first, at<const float>(v) + first);
+    }
+  };
+  while (sequence.length() < length - count) {
+    const std::int64_t n = std::min(kChunkTokens, length - count - sequence.length());
+    add(n);
+    sequence.grow(sequence.length() + n);
+  }
+  for (std::int64_t done = 0; done < count;) {
+    const std::int64_t n = std::min(kChunkTokens, count - done);
+    add(n);
+    attend_slices(table, {{.sequence = &sequence, .first = 0, .count = n, .start = length - count + done}},
+                  {.layer = 0,
+                   .heads = heads,
+                   .kv_heads = kv_heads,
+                   .head_dim = head_dim,
+                   .window = window,
+                   .softcap = softcap,
+                   .q = at<const float>(q) + done * heads * head_dim,
+                   .q_stride = heads * head_dim,
+                   .out = at<float>(out) + done * heads * head_dim});
+    sequence.grow(sequence.length() + n);
+    done += n;
+  }
+}
+
 }  // namespace
 
 void bind_decoder(py::module_& m) {
+  m.def("attend", &attend, py::kw_only(), "q"_a, "k"_a, "v"_a, "count"_a, "length"_a, "heads"_a, "kv_heads"_a,
+        "head_dim"_a, "bits"_a, "sinks"_a, "recent"_a, "window"_a, "softcap"_a, "out"_a);
   bind_matrix(m);
   bind_spec(m);
   py::class_<Sequence>(m, "Sequence", "Keys and values of one sequence.")
       .def_property_readonly("length", &Sequence::length)
       .def_property_readonly("nbytes", &Sequence::bytes)
+      .def_property_readonly("least_crop", &Sequence::least_crop)
       .def("crop", &Sequence::crop, "length"_a)
       .def("copy", [](const Sequence& s) { return std::make_unique<Sequence>(s); });
   py::class_<Decoder>(m, "Decoder", "Steps of a whole model; see cpp/engine/decoder.h.")
       .def(py::init<DecoderSpec>(), "spec"_a)
-      .def(
-          "new_sequence",
-          [](const Decoder& d, bool full_floats) { return std::make_unique<Sequence>(d.kv_shape(full_floats)); },
-          py::kw_only(), "full_floats"_a)
+      .def("new_sequence", &new_sequence, py::kw_only(), "layers"_a, "near_bits"_a, "rotate"_a, "sinks"_a, "recent"_a,
+           "layers: bits of keys and of values, one pair a layer; 32 and 16 are floats")
       .def(
           "forward",
           [](const Decoder& d, Address ids, std::vector<std::int64_t> counts, std::vector<Sequence*> sequences,

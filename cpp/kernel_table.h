@@ -51,32 +51,76 @@ struct Qgemm {
   std::int64_t out_stride;  // floats between rows of out
 };
 
-// Tokens of a page of the key/value cache, tokens whose keys are interleaved, and what heads are padded to.
-constexpr int kPageTokens = 64;
+// Tokens whose keys are interleaved in the key/value cache, and what heads are padded to.
 constexpr int kKeyTokens = 16;
 constexpr int kHeadPadding = 16;
+// Attention looks at keys in parts of this many tokens, the first of which begins at token 0.
+constexpr int kPartTokens = 128;
 
-// Keys and values of one key/value head of one sequence, in elements of f16 or f32. Within a page, at head *
-// head_stride:
-//   keys    [kPageTokens / 16][head_dim][16]: the 16 tokens of a block side by side
-//   values  [kPageTokens][padded_dim]: head_dim rounded up to kHeadPadding, the rest 0
-struct KvView {
-  void* const* pages;  // one a kPageTokens tokens
-  std::int64_t head, head_stride;
-  std::int64_t head_dim, padded_dim;
+// How keys or values are stored; the kernels' arrays hold them in this order.
+enum KvType { kKvHalf, kKvFloat, kKv8, kKv4, kKv2, kKvTypes };
+constexpr int kv_bits(KvType type) {
+  return type == kKvHalf ? 16 : type == kKvFloat ? 32 : type == kKv8 ? 8 : type == kKv4 ? 4 : 2;
+}
+constexpr bool kv_is_code(KvType type) { return type >= kKv8; }
+// 8-bit codes are symmetric, codes of fewer bits have a zero point.
+constexpr bool kv_has_zero(KvType type) { return type > kKv8; }
+// Columns of a head that share a scale and zero: of a key, and of the query that meets it; of a value.
+constexpr int kKeyGroup = 32;
+constexpr int value_group(KvType type) { return type == kKv8 ? 128 : type == kKv4 ? 64 : 32; }
+constexpr int kMaxKvGroup = 128;
+
+// The keys, or the values, of one key/value head of one sequence. From `data` on, a page of T tokens holds, as
+// elements,
+//   keys    [T / 16][dim][16]: the 16 tokens of a block side by side
+//   values  [T][padded]: dim rounded up to kHeadPadding, the rest 0
+// or, as codes of `bits` bits, x ~ scale * (code - zero),
+//   keys    [T / 16] payloads of the layout LQ16 (layout.h) with tokens for rows
+//   values  [columns / 16 / (8 / bits), rounded up][T / 2][16][2] bytes: byte (c, token) of a pair of tokens holds,
+//   from
+//           its lowest bits on, the columns c, c + 16, ... of the token; 8-bit codes are signed, less 128
+// from `scales` on f16: keys [T / 16][groups][16], values [groups][T]; from `zeros` on u8 zeros in the same order.
+struct KvRows {
+  void* const* pages;                // by number
+  int page_shift;                    // log2 T
+  std::int64_t data, scales, zeros;  // bytes from a page's start
+  std::int64_t dim, padded;
+  std::int64_t group;  // columns that share a scale
+
+  std::int64_t page_tokens() const { return std::int64_t{1} << page_shift; }
+  std::int64_t slot(std::int64_t token) const { return token & (page_tokens() - 1); }  // of a token in its page
+  std::int64_t groups() const { return (dim + group - 1) / group; }
+  std::int64_t blocks() const { return (dim + kBlockColumns - 1) / kBlockColumns; }
 };
 
-// Query rows that attend to one key/value head; the result is not divided by `sum` yet, so that parts can be merged.
-struct AttendJob {
-  KvView kv;
-  const float* const* q;  // rows of f32[head_dim], already scaled
-  const Range* visible;   // tokens each row sees
+// out[block][row][16] = q_row . key of the tokens of each block of kKeyTokens, whether the row sees them or not.
+struct ScoreJob {
+  KvRows keys;
+  Range tokens;           // begin a multiple of kKeyTokens; the last block may go beyond end
+  const float* const* q;  // rows of f32[dim], already scaled
+  QuantizedRows codes;    // the same rows, for keys that are codes, in groups of kKeyGroup columns
   std::int64_t rows;
-  Range tokens;   // tokens to look at: begin a multiple of kKeyTokens, or the first of all
-  float softcap;  // 0: none
-  float* acc;     // f32[rows, padded_dim]: sum of exp(score - max) * value
-  float* max;     // f32[rows]; -infinity: the row saw nothing
-  float* sum;     // f32[rows]: sum of exp(score - max)
+  float* out;
+};
+
+// scores[block][row][16] of one part become weights exp(score - max), 0 where the row does not look.
+struct SoftmaxJob {
+  Range tokens;
+  const Range* visible;  // tokens each row sees
+  std::int64_t rows;
+  float softcap;  // of the scores, before; 0: none
+  float* scores;
+  float* max;  // f32[rows]; -infinity: the row saw nothing
+  float* sum;  // f32[rows]: sum of the weights
+};
+
+// acc[row] += sum over the tokens of weights[block][row][16] * value.
+struct ValueJob {
+  KvRows values;
+  Range tokens;  // of one part
+  const float* weights;
+  std::int64_t rows;
+  float* acc;  // f32[rows, padded]
 };
 
 // out[t * out_stride + r] = row r . x_t + bias[r], in float.
@@ -125,13 +169,20 @@ struct KernelTable {
   void (*add_rows)(float* x, const float* y, std::int64_t n);  // x += y
   // Rotate the pairs (x[i], x[i + half]), then multiply by `scale`.
   void (*rope)(float* x, const float* cosine, const float* sine, std::int64_t half, float scale);
+  // x = x times the normalized Hadamard matrix (Sylvester's) of the largest power of two that divides n, block by
+  // block.
+  void (*hadamard)(float* x, std::int64_t n);
   // out = activation(gate) * up
   void (*gated[kActivations])(const float* gate, const float* up, std::int64_t n, float* out);
   void (*softcap)(float* x, std::int64_t n, float cap);  // x = cap * tanh(x / cap)
 
-  // Key/value cache of f16 and of f32.
-  void (*append_kv[2])(const KvView& kv, std::int64_t token, const float* key, const float* value);
-  void (*attend[2])(const AttendJob& job);
+  // Store key or value f32[dim] of one token.
+  void (*append_key[kKvTypes])(const KvRows& keys, std::int64_t token, const float* key);
+  void (*append_value[kKvTypes])(const KvRows& values, std::int64_t token, const float* value);
+  // Attention of some query rows to a part of one head's tokens, in three steps.
+  void (*key_scores[kKvTypes])(const ScoreJob& job);
+  void (*softmax)(const SoftmaxJob& job);
+  void (*sum_values[kKvTypes])(const ValueJob& job);
 
   // out f32[ceil(n / kLogitBlock)]: the largest of each block of x f32[n], NaN where the block holds a NaN.
   void (*block_max)(const float* x, std::int64_t n, float* out);

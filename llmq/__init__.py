@@ -6,11 +6,21 @@ llmq folders.
 
 from transformers import AutoModelForCausalLM
 
-from llmq.config import AWQConfig, BudgetConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig
+from llmq.config import (
+    AWQConfig,
+    BudgetConfig,
+    CalibConfig,
+    GPTQConfig,
+    KVCacheConfig,
+    QuantScheme,
+    RecipeConfig,
+)
 from llmq.pipeline import QuantizationResult, quantize_model
 from llmq.qtensor import QTensor
+from llmq.runtime.causal_lm import set_kv_cache
 from llmq.runtime.hf import register as _register
 from llmq.runtime.qlinear import QEmbedding, QLinear, set_activation_bits
+from llmq.runtime.quantized_cache import QuantizedKVCache
 
 _register()
 
@@ -22,12 +32,15 @@ __all__ = [
     "BudgetConfig",
     "CalibConfig",
     "GPTQConfig",
-    "RecipeConfig",
+    "KVCacheConfig",
     "QEmbedding",
     "QLinear",
     "QTensor",
     "QuantScheme",
     "QuantizationResult",
+    "RecipeConfig",
+    "QuantizedKVCache",
     "quantize_model",
     "set_activation_bits",
+    "set_kv_cache",
 ]

@@ -18,6 +18,7 @@ BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 32, 64, 128, 256)
 HEAD_BITS = (16, 8, 4)
 KV_BITS = (16, 8, 4, 2)
+KEY_SCALES = ("channel", "token")
 
 
 def cache_folder() -> Path:
@@ -194,14 +195,23 @@ class KVCacheConfig:
 
     k_bits: int = option(16, "bits of a cached key", choices=KV_BITS)
     v_bits: int = option(16, "bits of a cached value", choices=KV_BITS)
-    rotate: bool = option(True, "rotate keys (and queries) by a Hadamard matrix a head below 8 bits; flattens outliers")
+    key_scales: str = option(
+        "channel",
+        "scales of keys below 8 bits: of a column over a block of tokens (channel), or of a part of a token (token; "
+        "the native decoder always has these)",
+        choices=KEY_SCALES,
+    )
+    rotate: bool = option(
+        True, "rotate heads by a Hadamard matrix (keys with scales by token, values below 8 bits): evens out columns"
+    )
     sinks: int = option(4, "first tokens of a text that stay in 16 bits; attention leans on them")
-    recent: int = option(64, "last tokens of a text that stay in 16 bits")
+    recent: int = option(32, "last tokens of a text that stay in 16 bits, where the rest has fewer than 8")
     layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         one_of("k_bits", self.k_bits, KV_BITS)
         one_of("v_bits", self.v_bits, KV_BITS)
+        one_of("key_scales", self.key_scales, KEY_SCALES)
         for name in ("sinks", "recent"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it counts tokens: 0 or more")
@@ -213,7 +223,9 @@ class KVCacheConfig:
         return _kv_bits(self.layers[layer]) if self.layers else (self.k_bits, self.v_bits)
 
     def __str__(self) -> str:
-        """``8`` when keys and values have the same bits, else ``k8v4``."""
+        """``8`` when keys and values have the same bits, else ``k8v4``; ``by layer`` where layers have their own."""
+        if self.layers:
+            return "by layer"
         return str(self.k_bits) if self.k_bits == self.v_bits else f"k{self.k_bits}v{self.v_bits}"
 
     @classmethod
@@ -221,6 +233,11 @@ class KVCacheConfig:
         """The configuration called ``16``, ``8``, ``4``, ``2`` or ``k8v4``. Raises ValueError naming what is known."""
         k_bits, v_bits = _kv_bits(text)
         return cls(k_bits, v_bits)
+
+    @classmethod
+    def of(cls, kv: KVCacheConfig | str) -> KVCacheConfig:
+        """``kv`` itself, or the configuration that its text names."""
+        return kv if isinstance(kv, KVCacheConfig) else cls.parse(kv)
 
 
 def _kv_bits(text: str) -> tuple[int, int]:

@@ -29,8 +29,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from llmq import kv_feed
 from llmq.calibration import text_of
 from llmq.config import one_of, option
+from llmq.kv_feed import KVFeed
 from llmq.logits import WindowLogits, engine_of
 from llmq.models.resolve import resolve
 from llmq.runtime.qlinear import set_activation_bits
@@ -132,13 +134,18 @@ def _token_costs(sides: list[WindowLogits], ids: Tensor) -> Iterator[tuple[Tenso
 
 
 @torch.inference_mode()
-def score(model: Any, windows: Tensor, *, reference: Any = None, progress: Progress | None = None) -> Score:
+def score(
+    model: Any, windows: Tensor, *, reference: Any = None, progress: Progress | None = None, kv: KVFeed | None = None
+) -> Score:
     """Score ``windows`` i64[W, seqlen]; with a ``reference`` also KL(reference || model) and top-1 agreement.
+
+    ``kv`` sends the model's windows through a quantized cache, the reference's never.
 
     Raises ValueError if the vocabularies differ or a model's likelihoods are not finite.
     """
     models = [model] if reference is None else [model, reference]
-    sides = [WindowLogits(m.eval(), windows[0, :_PROBE_TOKENS]) for m in models]
+    feeds = [kv, None]
+    sides = [WindowLogits(m.eval(), windows[0, :_PROBE_TOKENS], f) for m, f in zip(models, feeds, strict=False)]
     if sides[0].vocab != sides[-1].vocab:
         raise ValueError(
             f"the model has {sides[0].vocab} logits and the reference {sides[1].vocab}; "
@@ -153,7 +160,7 @@ def score(model: Any, windows: Tensor, *, reference: Any = None, progress: Progr
             progress(i + 1, len(windows), math.exp(sum(float(r[0].mean()) for r in rows) / len(rows)))
     names = ("nll", "reference_nll", "token_kl", "token_agree")
     columns: dict[str, Any] = {k: torch.stack(c) for k, c in zip(names, zip(*rows, strict=True), strict=False)}
-    return Score(**columns, notes=tuple(side.note for side in sides if side.note))
+    return Score(**columns, notes=tuple(side.note for side in sides if side.note), kv_cache=sides[0].memory)
 
 
 def check_fits(config: Any, tokens: Tensor) -> None:
@@ -177,13 +184,16 @@ def evaluate(
     *,
     reference: Any = None,
     progress: Progress | None = None,
+    kv: KVFeed | None = None,
 ) -> Score:
     """Score ``model`` on ``text``: windows, checks, likelihoods, bytes. Raises ValueError as its parts do."""
     protocol = replace(protocol, bos=resolve_bos(tokenizer, protocol.bos))
     tokens = windows(text, tokenizer, protocol)
     check_fits(model.config, tokens)
-    result = score(model, tokens, reference=reference, progress=progress)
-    words = [protocol.describe(len(tokens)), engine_of(model)]
+    result = score(model, tokens, reference=reference, progress=progress, kv=kv)
+    words = [protocol.describe(len(tokens)), engine_of(model, graph=kv is not None)]
+    if kv is not None:
+        words.append(kv.describe())
     if reference is not None:
         words.append(f"reference: {engine_of(reference)}")
     return replace(result, nbytes=scored_bytes(tokens, tokenizer), protocol="; ".join(words))
@@ -260,6 +270,7 @@ def build_parser(description: str | None, *, require_reference: bool) -> argpars
     text = "8: as the kernels compute; 16: float, what the weights alone cost (llmq models; default: as the model says)"
     parser.add_argument("--activation-bits", type=int, help=text)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write every figure to this file")
+    kv_feed.add_options(parser)
     return parser
 
 
@@ -317,8 +328,12 @@ def prepare(args: argparse.Namespace) -> tuple[list[Subject], str, EvalProtocol]
 
 def run(args: argparse.Namespace) -> Score:
     """Check, load, score; print the table and write the JSON file."""
+    kv = kv_feed.from_args(args)
     subjects, text, protocol = prepare(args)
     models = [subject.load() for subject in subjects]
+    if kv is not None and args.kv_budget is not None:
+        kv, chosen = kv_feed.within_budget(kv, args, models[0], subjects[0].tokenizer)
+        print(chosen)
     if args.activation_bits is not None:
         set_activation_bits(models[0], args.activation_bits)
     start = time.monotonic()
@@ -329,11 +344,13 @@ def run(args: argparse.Namespace) -> Score:
         protocol,
         reference=models[1] if len(models) == 2 else None,
         progress=progress_line(start),
+        kv=kv,
     )
     print(result.table())
     if args.json:
         origin: dict[str, Any] = {"model": args.model, "reference": args.reference, "dataset": args.dataset}
         origin["activation_bits"] = args.activation_bits
+        origin["kv"] = None if kv is None else {**dataclasses.asdict(kv.config), "chunk": kv.chunk}
         origin["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
         origin["seconds"] = round(time.monotonic() - start, 1)
         origin["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmq.kv_feed import KVFeed
 from llmq.runtime.causal_lm import NativeCausalLM, native_decoder
 from llmq.runtime.native import NativeDecoder, Unsupported
 from llmq.runtime.qlinear import QLinear, TiedHead
+from llmq.score import CacheMemory
 
 ACTIVATIONS = {8: "int8 activations", 16: "float activations"}
 
@@ -22,9 +24,12 @@ def decoder_of(model: Any) -> NativeDecoder | None:
         return None
 
 
-def engine_of(model: Any) -> str:
-    """What runs ``model``, in words: native decoder or Hugging Face graph, and the activations of quantized linears."""
-    decoder = decoder_of(model)
+def engine_of(model: Any, *, graph: bool = False) -> str:
+    """What runs ``model``, in words: native decoder or Hugging Face graph, and the activations of quantized linears.
+
+    ``graph``: the graph runs even where there is a native decoder.
+    """
+    decoder = None if graph else decoder_of(model)
     if decoder is not None:
         return f"native decoder, {ACTIVATIONS[decoder.activation_bits]}"
     bits = {m.activation_bits for m in model.modules() if isinstance(m, QLinear | TiedHead)}
@@ -40,15 +45,18 @@ class WindowLogits:
     Args:
         model: any causal language model, in evaluation mode.
         probe: i64[t], the tokens on which both ways are compared.
+        kv: feed each window through a quantized cache, in the Hugging Face graph; None: in one piece without a cache.
     """
 
-    def __init__(self, model: Any, probe: Tensor) -> None:
-        self.model = model
-        self.native = decoder_of(model)
+    def __init__(self, model: Any, probe: Tensor, kv: KVFeed | None = None) -> None:
+        self.model, self.kv = model, None
+        self.memory: CacheMemory | None = None  # of the quantized cache after the last window
+        self.native = None if kv else decoder_of(model)
         self.head: nn.Module | None = model.get_output_embeddings()
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.decoder: Any = model.get_decoder()
         self.note = self._verify(probe)
+        self.kv = kv
 
     def _verify(self, probe: Tensor) -> str:
         """Compare both ways on ``probe`` i64[t]; switch to the full forward where they differ. Returns a note or ''."""
@@ -69,10 +77,16 @@ class WindowLogits:
         """f[T, D] for ids i64[T]: the head's inputs (or the logits themselves where the full forward is used)."""
         if self.native is not None:
             return self.native.forward([ids], [self.native.new_sequence()], output="states")
+        if self.kv is not None:
+            states, self.memory = self.kv.run(self.model, ids, self._step)
+            return states
+        return self._step(input_ids=ids[None], use_cache=False)
+
+    def _step(self, **inputs: Any) -> Tensor:
         if self.head is None:
-            logits: Tensor = self.model(input_ids=ids[None], use_cache=False).logits[0]
+            logits: Tensor = self.model(**inputs).logits[0]
             return logits
-        hidden: Tensor = self.decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        hidden: Tensor = self.decoder(**inputs).last_hidden_state[0]
         return hidden
 
     def logits(self, states: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,19 @@ def estimate(values: Tensor) -> Estimate:
     return Estimate(float(values.mean()), float(sample.std(correction=1)) / math.sqrt(sample.numel()))
 
 
+@dataclass(frozen=True)
+class CacheMemory:
+    """Bytes of a cache, measured at its tensors' storages, and what ``tokens`` tokens take at 16 bits a number."""
+
+    tokens: int
+    nbytes: int
+    nbytes_16bit: int
+
+    def __str__(self) -> str:
+        share, full = self.nbytes / self.nbytes_16bit, self.nbytes_16bit / 1e6
+        return f"{self.nbytes / 1e6:.2f} MB after {self.tokens} tokens, {share:.3f} of {full:.2f} MB at 16 bits"
+
+
 @dataclass(frozen=True, eq=False)
 class Score:
     """What each token cost, T = seqlen - 1 scored tokens in each of W windows, and the figures made of it.
@@ -40,6 +54,7 @@ class Score:
         token_agree: f64[W, T] 1 where both models find the same token most likely, else 0.
         nbytes: UTF-8 bytes of the scored text, None if not known.
         protocol: how the windows were made, in words.
+        kv_cache: memory of the quantized cache after the last window; None where none was used.
         notes: what else a reader of the figures should know.
     """
 
@@ -49,6 +64,7 @@ class Score:
     token_agree: Tensor | None = None
     nbytes: int | None = None
     protocol: str = ""
+    kv_cache: CacheMemory | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -114,6 +130,8 @@ class Score:
             rows["KL(reference||model)"] = f"{self.kl.mean:.5f} +- {self.kl.se:.5f} nats a token"
         if self.top1 is not None:
             rows["top-1 agreement"] = f"{100 * self.top1.mean:.2f} % +- {100 * self.top1.se:.2f} %"
+        if self.kv_cache is not None:
+            rows["KV cache, measured"] = str(self.kv_cache)
         return "\n".join([f"{name:<21} {value}" for name, value in rows.items()] + [f"note: {n}" for n in self.notes])
 
     def to_json(self) -> dict[str, Any]:
@@ -129,6 +147,7 @@ class Score:
             "bytes_scored": self.nbytes,
             "reference_perplexity": self.reference_perplexity,
             "notes": list(self.notes),
+            "kv_cache": self.kv_cache and dataclasses.asdict(self.kv_cache),
         }
         for name in ("delta_nll", "kl", "top1"):
             value: Estimate | None = getattr(self, name)

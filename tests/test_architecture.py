@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A file may import modules of its own layer and of the layers before it. The longest prefix decides.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("llmq.config", "llmq.parallel", "llmq.qtensor", "llmq.packing", "llmq.models.families"),
-    ("llmq.kernels.reference", "llmq.solvers", "llmq.formats", "llmq.calibration"),
+    ("llmq.kernels.reference", "llmq.solvers", "llmq.formats", "llmq.calibration", "llmq.kv_quant"),
     ("llmq.kernels", "llmq._core", "llmq.models", "llmq.checkpoint"),
     (
         "llmq.allocate",
@@ -38,6 +38,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.runtime",
         "llmq.score",
         "llmq.logits",
+        "llmq.kv_feed",
+        "llmq.kv_budget",
+        "llmq.needle",
         "llmq.evaluation",
     ),
     ("llmq",),

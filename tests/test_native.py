@@ -29,6 +29,7 @@ from llmq import (
     quantize_model,
     set_activation_bits,
 )
+from llmq.config import KVCacheConfig, replace
 from llmq.models.families import FAMILIES
 from llmq.runtime.causal_lm import graph_class
 from llmq.runtime.native import NativeDecoder, Unsupported
@@ -179,19 +180,44 @@ def test_each_matrix_may_have_a_grid_of_its_own(tmp_path) -> None:
         assert (1.05 * actual - expected).norm() > limit * expected.norm()
 
 
+@pytest.mark.parametrize(("kv", "levels"), [("8", 254), ("k16v8", 254), ("4", 15), ("k8v4", 15)])
+@pytest.mark.parametrize("family", NATIVE)
+def test_logits_with_a_quantized_cache_are_near_those_without(folders, family: str, kv: str, levels: int) -> None:
+    model = load(folders(family))
+    set_activation_bits(model, 16)
+    decoder = NativeDecoder.of(model)
+    rows, cuts = ids_of(150, 40), (101, 7)
+    first, second = ([r[:c] for r, c in zip(rows, cuts, strict=True)], [r[c:] for r, c in zip(rows, cuts, strict=True)])
+
+    def logits(config: KVCacheConfig | None) -> Tensor:
+        s = [decoder.new_sequence(kv=config) for _ in rows]
+        return torch.cat([decoder.forward(part, s, output="all") for part in (first, second)])
+
+    exact, bits = logits(None), KVCacheConfig.parse(kv)
+    for config in (replace(bits, sinks=4, recent=4), replace(bits, rotate=False, sinks=0, recent=0)):
+        # A code is off by at most 1 / levels of the largest element beside it, or of the distance between the ends;
+        # through three layers that adds up to a few times as much at most, and to a hundredth of it at least.
+        difference = (logits(config) - exact).norm() / exact.norm()
+        assert 0.01 / levels < difference < 6 / levels
+
+
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("kv", ["16", "8", "4"])
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_one_token_or_many_and_any_number_of_threads_give_the_same_bits(folders, family: str, bits: int) -> None:
+def test_one_token_or_many_and_any_number_of_threads_give_the_same_bits(
+    folders, family: str, bits: int, kv: str
+) -> None:
     # Three parts of 128 keys. Without equal bits a guess that is checked beside others could be judged differently.
     model = load(folders(family))
     set_activation_bits(model, bits)
     decoder = NativeDecoder.of(model)
+    config = KVCacheConfig.parse(kv)
     [row] = ids_of(330)
-    together = decoder.forward([row], [decoder.new_sequence()], output="all")
+    together = decoder.forward([row], [decoder.new_sequence(kv=config)], output="all")
     for count in (1, 2, 3):
         kernels.set_num_threads(count)
-        s = decoder.new_sequence()
+        s = decoder.new_sequence(kv=config)
         pieces = [
             decoder.forward([row[:290]], [s], output="all"),
             decoder.forward([row[290:297]], [s], output="all"),
@@ -255,11 +281,18 @@ def test_rope_scaling(tiny_model, rope: dict[str, Any]) -> None:
     assert (actual - graph_logits(plain, row)).abs().max() <= TIMES_ROUNDING * rounding_of(plain, [row])
 
 
-def test_sequences_are_cropped_copied_and_grown_again(folders) -> None:
+@pytest.mark.parametrize(("kv", "nbytes"), [
+    # Pages of 64 tokens, keys and values of 2 heads of 16 columns, 3 layers: f16, or codes and f16 scales. Keys that
+    # are codes come in blocks of 32 columns.
+    ("16", 3 * 3 * 2 * 64 * (2 * 16 + 2 * 16)),
+    ("8", 3 * 3 * 2 * 64 * (32 + 2 + 16 + 2)),
+    ("k8v16", 3 * 3 * 2 * 64 * (32 + 2 + 2 * 16)),
+])  # fmt: skip
+def test_sequences_are_cropped_copied_and_grown_again(folders, kv: str, nbytes: int) -> None:
     model = load(folders("qwen3"))
     decoder = NativeDecoder.of(model)
     [row] = ids_of(140)
-    s = decoder.new_sequence()
+    s = decoder.new_sequence(kv=KVCacheConfig.parse(kv))
     assert (s.length, s.nbytes) == (0, 0)
     once = decoder.forward([row], [s])
     twin = s.copy()
@@ -271,8 +304,103 @@ def test_sequences_are_cropped_copied_and_grown_again(folders) -> None:
     assert s.length == 140
     with pytest.raises(ValueError, match=r"cannot crop a sequence of 140 tokens to 141"):
         s.crop(141)
-    # Keys and values of 2 heads, 16 wide, 3 layers, f16; pages of 64 tokens.
-    assert s.nbytes == 3 * 3 * 64 * 2 * 2 * 16 * 2
+    assert s.nbytes == nbytes
+
+
+def test_a_cache_with_near_tokens_is_cropped(folders) -> None:
+    # 32 tokens of a long step can be taken back without a trace; beyond, what was recent once is seen as codes.
+    decoder = NativeDecoder.of(load(folders("qwen3")))
+    config = KVCacheConfig(4, 4, sinks=20, recent=40)
+    [row] = ids_of(390)
+
+    def after(*cuts: int) -> Tensor:
+        s = decoder.new_sequence(kv=config)
+        decoder.forward([row[:290]], [s])
+        twin = s.copy()
+        for cut in cuts:
+            s.crop(cut)
+            decoder.forward([row[cut:290]], [s])
+        assert (s.length, twin.length) == (290, 290)
+        return decoder.forward([row[290:]], [s], output="all")
+
+    plain = after(289)
+    assert torch.equal(after(258), plain)
+    assert torch.equal(after(270, 265, 289), plain)
+    deep = after(100)
+    assert not torch.equal(deep, plain)
+    assert (deep - plain).norm() < 0.2 * plain.norm()
+    assert torch.equal(after(0), plain)
+
+
+def test_memory_of_four_bits_with_near_tokens(folders) -> None:
+    decoder = NativeDecoder.of(load(folders("llama")))
+    [row] = ids_of(500)
+    config = KVCacheConfig(4, 4, sinks=4, recent=64)
+    s, bare = decoder.new_sequence(kv=config), decoder.new_sequence(kv=replace(config, sinks=0, recent=0))
+
+    def near_blocks() -> float:
+        return (s.nbytes - bare.nbytes) / (3 * 2 * 16 * 2 * (16 + 16))  # of 16 tokens, 3 layers, 2 heads, f16
+
+    for sequence in (s, bare):
+        decoder.forward([row[:450]], [sequence])
+    # One block of sinks; 64 recent tokens, 32 for crops, 16 for the rounding of each end; at most one block to spare.
+    assert 1 + 7 <= near_blocks() <= 1 + 8 + 1
+    for token in row[450:]:
+        decoder.forward([token[None]], [s])
+    decoder.forward([row[450:]], [bare])
+    assert 1 + 7 <= near_blocks() <= 1 + 8 + 1
+
+
+@pytest.mark.parametrize("kv", ["16", "8", "4"])
+def test_layers_of_a_sliding_window_hold_no_more_than_it_needs(folders, kv: str) -> None:
+    # Windows of 8 tokens in some layers; a page holds 64.
+    model = load(folders("gemma3"))
+    sliding = [kind == "sliding_attention" for kind in model.config.layer_types]
+    assert True in sliding
+    decoder = NativeDecoder.of(model)
+    config = replace(KVCacheConfig.parse(kv), sinks=0, recent=0)
+    [row] = ids_of(450)
+    s = decoder.new_sequence(kv=config)
+    together = decoder.forward([row], [decoder.new_sequence(kv=config)], output="all")
+    sizes, pieces = [], []
+    for begin in range(0, 450, 75):
+        pieces.append(decoder.forward([row[begin : begin + 75]], [s], output="all"))
+        sizes.append(s.nbytes)
+    assert torch.equal(torch.cat(pieces), together)  # what was forgotten is not missed
+    page = sizes[0] / (2 * len(sliding))
+    full = len(sliding) - sum(sliding)
+    # A full layer holds the 8 pages of 450 tokens, a sliding one those of the last step and 8 + 16 + 32 tokens before.
+    assert full * 8 * page + sum(sliding) * 2 * page <= sizes[-1] <= full * 8 * page + sum(sliding) * 4 * page
+    s.crop(375)  # the last step
+    assert torch.equal(decoder.forward([row[375:]], [s], output="all"), pieces[-1])
+    assert 0 < s.least_crop <= 375
+    with pytest.raises(ValueError, match=rf"to 100; use {s.least_crop} to 450, or 0: layers of a sliding window"):
+        s.crop(100)
+    assert s.length == 450
+    s.crop(0)
+    assert torch.equal(decoder.forward([row], [s], output="all"), together)
+
+
+def test_layers_differ_in_the_bits_of_their_cache(folders) -> None:
+    decoder = NativeDecoder.of(load(folders("llama")))
+    [row] = ids_of(64)
+    sizes = []
+    for layers in (("k16v8",) * 3, ("16", "k16v8", "16"), ("16",) * 3):
+        s = decoder.new_sequence(kv=KVCacheConfig(layers=layers))
+        assert decoder.forward([row], [s]).isfinite().all()
+        sizes.append(s.nbytes)
+    assert sizes[0] < sizes[1] < sizes[2]
+    with pytest.raises(ValueError, match=r"name 2 layers; the model has 3"):
+        decoder.new_sequence(kv=KVCacheConfig(layers=("8", "8")))
+
+
+def test_sequences_of_different_bits_share_a_step(folders) -> None:
+    decoder = NativeDecoder.of(load(folders("qwen3")))
+    rows = ids_of(70, 50)
+    configs = [KVCacheConfig.parse("8"), None]
+    together = decoder.forward(rows, [decoder.new_sequence(kv=c) for c in configs])
+    alone = [decoder.forward([r], [decoder.new_sequence(kv=c)]) for r, c in zip(rows, configs, strict=True)]
+    assert torch.equal(together, torch.cat(alone))
 
 
 def test_bad_input_is_an_error_and_leaves_the_sequence_alone(folders) -> None:

@@ -10,9 +10,8 @@ namespace {
 
 // Query rows of a task, at most (or the heads of one group, if there are more): their sums stay in a core's own cache.
 constexpr std::int64_t kTaskRows = 24;
-// Keys are seen in parts of this many tokens, which are merged in their order, whoever computes them: a row's result
-// does not depend on the threads, nor on how many rows are computed together.
-constexpr std::int64_t kPartTokens = 128;
+// Parts of kPartTokens keys are merged in their order, whoever computes them: a row's result does not depend on the
+// threads, nor on how many rows are computed together.
 constexpr std::int64_t kTasksPerThread = 2;
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -25,12 +24,25 @@ struct Task {
   std::int64_t part = 0;  // where its parts are stored, when they are tasks of their own
 };
 
-// Sums of some rows over some keys, as AttendJob describes them.
+// Sums of some rows over some keys: acc f32[rows, width] = sum of exp(score - max) * value, not divided by `sum` yet,
+// so that parts can be merged.
 struct Sums {
   float *acc, *max, *sum;
 
   Sums(float* memory, std::int64_t rows, std::int64_t width)
       : acc(memory), max(memory + rows * width), sum(max + rows) {}
+};
+
+// The query rows of a task: row r is query head r % group of token r / group.
+struct Rows {
+  std::vector<const float*> q;
+  std::vector<Range> visible;
+  // As int8, for keys that are codes.
+  std::vector<std::int8_t> codes;
+  std::vector<float> scale;
+  std::vector<std::int32_t> total;
+  QuantizedRows quantized;
+  std::vector<float> scores;
 };
 
 // Add the sums of a part of the keys to what was summed before it.
@@ -69,7 +81,7 @@ class Run {
     for (const Task& task : tasks_) owners.insert(owners.end(), static_cast<std::size_t>(part_count(task)), &task);
     parallel_for(parts_, [&](std::int64_t i) noexcept {
       const Task& task = *owners[i];
-      attend_part(task, i - task.part, memory_.data() + i * floats());
+      attend_part(task, rows_of(task), i - task.part, memory_.data() + i * floats());
     });
     for (const Task& task : tasks_) {
       float* first = memory_.data() + task.part * floats();
@@ -88,10 +100,24 @@ class Run {
     return {in_.window > 0 ? std::max<std::int64_t>(0, position - in_.window + 1) : 0, position + 1};
   }
 
+  // The first token that a query at `position` sees as one of the recent ones.
+  static std::int64_t first_recent(const KvLayer& layer, std::int64_t position) {
+    const std::int64_t first = std::max<std::int64_t>(0, position + 1 - layer.shape.recent) / kKeyTokens * kKeyTokens;
+    return std::max(first, layer.near->begin());
+  }
+
+  // Queries from `position` on that have the same first recent token.
+  std::int64_t alike(const Slice& slice, std::int64_t position) const {
+    const KvLayer& layer = slice.sequence->layer(in_.layer);
+    if (!layer.near) return kChunkTokens;
+    const std::int64_t beyond = position + 1 - layer.shape.recent;
+    return beyond < 0 ? kKeyTokens - beyond : kKeyTokens - beyond % kKeyTokens;
+  }
+
   void plan(const std::vector<Slice>& slices) {
     for (const Slice& s : slices) {
-      for (std::int64_t token = 0; token < s.count; token += task_tokens()) {
-        const std::int64_t count = std::min(task_tokens(), s.count - token);
+      for (std::int64_t token = 0, count; token < s.count; token += count) {
+        count = std::min({task_tokens(), s.count - token, alike(s, s.start + token)});
         const Range keys{visible(s.start + token).begin / kPartTokens * kPartTokens, s.start + token + count};
         for (std::int64_t head = 0; head < in_.kv_heads; ++head) {
           tasks_.push_back({&s, head, token, count, keys, parts_});
@@ -105,36 +131,113 @@ class Run {
     static thread_local std::vector<float> scratch;
     scratch.resize(static_cast<std::size_t>(2 * floats()));
     float *all = scratch.data(), *part = all + floats();
-    attend_part(task, 0, all);
+    Rows& rows = rows_of(task);
+    attend_part(task, rows, 0, all);
     for (std::int64_t i = 1; i < part_count(task); ++i) {
-      attend_part(task, i, part);
+      attend_part(task, rows, i, part);
       add_part(task, all, part);
     }
     finish(task, all);
   }
 
-  // Sums of one part of a task's keys into `memory`. Row r is query head r % group of token r / group.
-  void attend_part(const Task& task, std::int64_t part, float* memory) const noexcept {
-    static thread_local std::vector<const float*> q;
-    static thread_local std::vector<Range> seen;
-    q.resize(static_cast<std::size_t>(rows(task)));
-    seen.resize(static_cast<std::size_t>(rows(task)));
+  // The query rows of a task, in memory of this thread.
+  Rows& rows_of(const Task& task) const noexcept {
+    static thread_local Rows kept;
+    const auto count = static_cast<std::size_t>(rows(task));
+    kept.q.resize(count);
+    kept.visible.resize(count);
+    kept.scores.resize(count * kPartTokens);
     for (std::int64_t r = 0; r < rows(task); ++r) {
       const std::int64_t token = task.token + r / group_;
-      q[r] = in_.q + (task.slice->first + token) * in_.q_stride + (task.head * group_ + r % group_) * in_.head_dim;
-      seen[r] = visible(task.slice->start + token);
+      kept.q[r] = in_.q + (task.slice->first + token) * in_.q_stride + (task.head * group_ + r % group_) * in_.head_dim;
+      kept.visible[r] = visible(task.slice->start + token);
     }
+    if (kv_is_code(task.slice->sequence->layer(in_.layer).stored.key_type())) quantize(kept);
+    return kept;
+  }
+
+  void quantize(Rows& rows) const {
+    const auto count = static_cast<std::int64_t>(rows.q.size());
+    const std::int64_t stride = ceil_div(in_.head_dim, kVectorBytes) * kVectorBytes;
+    const std::int64_t groups = ceil_div(in_.head_dim, kKeyGroup);
+    rows.codes.resize(static_cast<std::size_t>(count * stride));
+    rows.scale.resize(static_cast<std::size_t>(count * groups));
+    rows.total.resize(static_cast<std::size_t>(count * groups));
+    rows.quantized = {rows.codes.data(), rows.scale.data(), rows.total.data(), stride, groups};
+    for (std::int64_t r = 0; r < count; ++r) {
+      const QuantizedRows row{.q = rows.codes.data() + r * stride,
+                              .scale = rows.scale.data() + r * groups,
+                              .total = rows.total.data() + r * groups,
+                              .stride = stride,
+                              .groups = groups};
+      table_.quantize_rows(rows.q[r], {0, 1}, in_.head_dim, kKeyGroup, row);
+    }
+  }
+
+  // Where the keys and values of a task's tokens are read, in ascending order.
+  struct Span {
+    const KvPages* pages;
+    Range tokens;
+  };
+  struct Spans {
+    Span span[3];
+    int count = 0;
+
+    void add(const KvPages& pages, std::int64_t begin, std::int64_t end) {
+      if (begin < end) span[count++] = {&pages, {begin, end}};
+    }
+  };
+
+  Spans spans(const Task& task, Range tokens) const {
+    const KvLayer& layer = task.slice->sequence->layer(in_.layer);
+    Spans spans;
+    if (!layer.near) {
+      spans.add(layer.stored, tokens.begin, tokens.end);
+      return spans;
+    }
+    const std::int64_t sinks = std::clamp(layer.near->fixed(), tokens.begin, tokens.end);
+    const std::int64_t recent = std::clamp(first_recent(layer, task.slice->start + task.token), sinks, tokens.end);
+    spans.add(*layer.near, tokens.begin, sinks);
+    spans.add(layer.stored, sinks, recent);
+    spans.add(*layer.near, recent, tokens.end);
+    return spans;
+  }
+
+  // Sums of one part of a task's keys into `memory`.
+  void attend_part(const Task& task, Rows& rows, std::int64_t part, float* memory) const noexcept {
+    const auto count = static_cast<std::int64_t>(rows.q.size());
     const std::int64_t begin = task.keys.begin + part * kPartTokens;
-    const Sums sums(memory, rows(task), padded_);
-    table_.attend[in_.full_floats]({.kv = task.slice->sequence->view(in_.layer, task.head),
-                                    .q = q.data(),
-                                    .visible = seen.data(),
-                                    .rows = rows(task),
-                                    .tokens = {begin, std::min(task.keys.end, begin + kPartTokens)},
-                                    .softcap = in_.softcap,
-                                    .acc = sums.acc,
-                                    .max = sums.max,
-                                    .sum = sums.sum});
+    const Range tokens{std::max(begin, rows.visible[0].begin / kKeyTokens * kKeyTokens),
+                       std::min(task.keys.end, begin + kPartTokens)};
+    const Sums sums(memory, count, padded_);
+    float* scores = rows.scores.data();
+    const Spans read = spans(task, tokens);
+    const auto scores_from = [&](const Span& span) { return scores + (span.tokens.begin - tokens.begin) * count; };
+    for (int i = 0; i < read.count; ++i) {
+      const KvPages& pages = *read.span[i].pages;
+      table_.key_scores[pages.key_type()]({.keys = pages.keys(task.head),
+                                           .tokens = read.span[i].tokens,
+                                           .q = rows.q.data(),
+                                           .codes = rows.quantized,
+                                           .rows = count,
+                                           .out = scores_from(read.span[i])});
+    }
+    table_.softmax({.tokens = tokens,
+                    .visible = rows.visible.data(),
+                    .rows = count,
+                    .softcap = in_.softcap,
+                    .scores = scores,
+                    .max = sums.max,
+                    .sum = sums.sum});
+    std::fill_n(sums.acc, count * padded_, 0.0f);
+    for (int i = 0; i < read.count; ++i) {
+      const KvPages& pages = *read.span[i].pages;
+      table_.sum_values[pages.value_type()]({.values = pages.values(task.head),
+                                             .tokens = read.span[i].tokens,
+                                             .weights = scores_from(read.span[i]),
+                                             .rows = count,
+                                             .acc = sums.acc});
+    }
   }
 
   void add_part(const Task& task, float* all, float* part) const {

@@ -21,8 +21,7 @@ struct AttentionInputs {
   std::int64_t layer, heads, kv_heads, head_dim;
   std::int64_t window;  // 0: none
   float softcap;
-  bool full_floats;  // type of the cache
-  const float* q;    // f32[tokens, q_stride], rotated and scaled; heads side by side
+  const float* q;  // f32[tokens, q_stride], rotated and scaled; heads side by side
   std::int64_t q_stride;
   float* out;  // f32[tokens, heads * head_dim]
 };

@@ -14,9 +14,6 @@
 namespace llmq {
 namespace {
 
-// Tokens processed together: enough to reuse an unpacked weight many times, few enough for the activations to stay in
-// the last cache.
-constexpr std::int64_t kChunkTokens = 512;
 // Rows of gate and up that a task turns into int8 at once: a multiple of every kernel group, or the whole row.
 constexpr std::int64_t kFfnRows = 128;
 // Floats below which a row-wise pass stays in the calling thread.
@@ -95,11 +92,12 @@ Decoder::Decoder(DecoderSpec spec) : spec_(std::move(spec)) {
   }
 }
 
-KvShape Decoder::kv_shape(bool full_floats) const {
-  return {.layers = static_cast<std::int64_t>(spec_.layers.size()),
-          .heads = spec_.kv_heads,
-          .head_dim = spec_.head_dim,
-          .full_floats = full_floats};
+KvShape Decoder::kv_shape(std::vector<KvLayerShape> layers) const {
+  require(layers.size() == spec_.layers.size(), "types of keys and values are given for " +
+                                                    std::to_string(layers.size()) + " layers; the model has " +
+                                                    std::to_string(spec_.layers.size()));
+  for (std::size_t i = 0; i < layers.size(); ++i) layers[i].window = spec_.layers[i].window;
+  return {.heads = spec_.kv_heads, .head_dim = spec_.head_dim, .layers = std::move(layers)};
 }
 
 void Decoder::check(const Step& step) const {
@@ -111,10 +109,9 @@ void Decoder::check(const Step& step) const {
     const std::string at = "sequence " + std::to_string(i);
     require(seen.insert(&s).second, at + " is given twice");
     const KvShape& shape = s.shape();
-    const KvShape own = kv_shape(shape.full_floats);
-    require(shape.layers == own.layers && shape.heads == own.heads && shape.head_dim == own.head_dim,
-            at + " belongs to another model");
-    require(shape.full_floats == step.sequences[0]->shape().full_floats, at + " has another type of cache");
+    require(
+        shape.layers.size() == spec_.layers.size() && shape.heads == spec_.kv_heads && shape.head_dim == spec_.head_dim,
+        at + " belongs to another model");
     require(step.counts[i] > 0, at + " gets no token; a prompt needs at least one");
     const std::int64_t length = s.length() + step.counts[i];
     require(length <= spec_.max_positions, at + " would hold " + std::to_string(length) +
@@ -137,7 +134,7 @@ void Decoder::forward(const KernelTable& table, const Step& step) const {
   }
   check(step);
   for (std::size_t i = 0; i < step.sequences.size(); ++i) {
-    step.sequences[i]->reserve(step.sequences[i]->length() + step.counts[i]);
+    step.sequences[i]->reserve(step.counts[i]);
   }
   static thread_local Workspace work;
   const std::int64_t width = step.output == Output::kStates ? spec_.hidden : spec_.head.n;
@@ -149,6 +146,7 @@ void Decoder::forward(const KernelTable& table, const Step& step) const {
               .out = step.out};
   const auto flush = [&] {
     if (chunk.size() == 0) return;
+    for (const Slice& s : chunk.slices) s.sequence->slide(s.start, s.count);
     run(table, chunk, work);
     chunk.out += static_cast<std::int64_t>(chunk.keep.size()) * width;
     chunk.slices.clear(), chunk.ids.clear(), chunk.keep.clear();
@@ -242,7 +240,6 @@ void Decoder::attention(const KernelTable& table, const Chunk& chunk, std::int64
                  .head_dim = d,
                  .window = l.window,
                  .softcap = spec_.attention_softcap,
-                 .full_floats = chunk.slices[0].sequence->shape().full_floats,
                  .q = qkv,
                  .q_stride = stride,
                  .out = work.attended.row(0)});
@@ -260,16 +257,17 @@ void Decoder::store_keys(const KernelTable& table, const Chunk& chunk, std::int6
     table.rope(x, angles, angles + half, half, scale);
   };
   for (const Slice& s : chunk.slices) {
-    const auto append = table.append_kv[s.sequence->shape().full_floats];
+    const bool rotate = s.sequence->layer(layer).shape.rotate;
     for_rows(s.count, stride, [&](std::int64_t t) noexcept {
       float* q = work.qkv.data() + (s.first + t) * stride;
       const float* angles = work.angles.data() + (l.rope * n + s.first + t) * 2 * half;
       for (std::int64_t i = 0; i < spec_.heads; ++i) turn(q + i * d, l.q_norm, angles, spec_.attention_scale);
       float* keys = q + spec_.heads * d;
-      for (std::int64_t i = 0; i < spec_.kv_heads; ++i) {
-        turn(keys + i * d, l.k_norm, angles, 1.0f);
-        append(s.sequence->view(layer, i), s.start + t, keys + i * d, keys + (spec_.kv_heads + i) * d);
+      for (std::int64_t i = 0; i < spec_.kv_heads; ++i) turn(keys + i * d, l.k_norm, angles, 1.0f);
+      if (rotate) {
+        for (std::int64_t i = 0; i < spec_.heads + spec_.kv_heads; ++i) table.hadamard(q + i * d, d);
       }
+      s.sequence->append(table, layer, s.start + t, keys, keys + spec_.kv_heads * d);
     });
   }
 }

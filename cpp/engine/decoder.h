@@ -59,7 +59,8 @@ class Decoder {
   explicit Decoder(DecoderSpec spec);
 
   const DecoderSpec& spec() const { return spec_; }
-  KvShape kv_shape(bool full_floats) const;
+  // Throws std::invalid_argument unless there is one shape a layer.
+  KvShape kv_shape(std::vector<KvLayerShape> layers) const;
 
   // Throws std::invalid_argument for a token id or a length out of range, a sequence of another model, or one that is
   // in use or given twice; std::bad_alloc. The sequences are unchanged then.

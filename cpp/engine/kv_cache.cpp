@@ -1,5 +1,6 @@
 #include "engine/kv_cache.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -7,70 +8,238 @@
 #include <string>
 
 namespace llmq {
+namespace {
 
-Sequence::Sequence(const KvShape& shape) : shape_(shape), pages_(static_cast<std::size_t>(shape.layers)) {}
+constexpr std::int64_t kAlignment = 64;
+// log2 of the tokens of a page; a page of near tokens is one block.
+constexpr int kPageShift = 6;
+constexpr int kNearShift = 4;
+static_assert(kKeyTokens == 1 << kNearShift);
 
-Sequence::Sequence(const Sequence& other) : shape_(other.shape_), pages_(other.pages_.size()) {
-  reserve(other.length_);
-  for (std::size_t layer = 0; layer < pages_.size(); ++layer) {
-    for (std::size_t i = 0; i < pages_[layer].size(); ++i) {
-      std::memcpy(pages_[layer][i].get(), other.pages_[layer][i].get(), static_cast<std::size_t>(shape_.page_bytes()));
-    }
-  }
-  length_ = other.length_;
+std::int64_t round_up(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+KvPages stored_pages(const KvShape& shape, const KvLayerShape& layer) {
+  const std::int64_t reach = layer.window > 0 ? layer.window + kKeyTokens + kCropTokens : KvPages::kEverything;
+  return {shape.heads, shape.head_dim, layer.keys, layer.values, kPageShift, 0, reach};
 }
 
-void Sequence::Free::operator()(void* p) const { std::free(p); }
+std::optional<KvPages> near_pages(const KvShape& shape, const KvLayerShape& layer) {
+  if (!layer.near) return std::nullopt;
+  return KvPages(shape.heads, shape.head_dim, *layer.near, *layer.near, kNearShift, round_up(layer.sinks, kKeyTokens),
+                 layer.recent + kKeyTokens + kCropTokens);
+}
+
+}  // namespace
+
+void KvPages::Free::operator()(void* p) const { std::free(p); }
+
+KvPages::KvPages(std::int64_t heads, std::int64_t head_dim, KvType keys, KvType values, int page_shift,
+                 std::int64_t fixed, std::int64_t reach)
+    : head_dim_(head_dim),
+      padded_dim_(round_up(head_dim, kHeadPadding)),
+      key_type_(keys),
+      value_type_(values),
+      page_shift_(page_shift),
+      fixed_(fixed),
+      reach_(reach),
+      first_(pages_of(fixed)) {
+  const std::int64_t tokens = std::int64_t{1} << page_shift;
+  const KvRows rows{.pages = nullptr,
+                    .page_shift = page_shift,
+                    .data = 0,
+                    .scales = 0,
+                    .zeros = 0,
+                    .dim = head_dim,
+                    .padded = padded_dim_,
+                    .group = 1};
+  keys_ = values_ = rows;
+  keys_.group = kKeyGroup, values_.group = value_group(values);
+  std::int64_t at = 0;
+  const auto place = [&](std::int64_t bytes) {
+    const std::int64_t begin = at;
+    at += round_up(bytes, kKeyTokens);
+    return begin;
+  };
+  const std::int64_t key_columns = kv_is_code(keys) ? round_up(head_dim, kBlockColumns) : head_dim;
+  keys_.data = place(tokens * key_columns * kv_bits(keys) / 8);
+  // Strips of kHeadPadding columns share bytes.
+  const std::int64_t value_columns =
+      kv_is_code(values) ? round_up(head_dim, kHeadPadding * 8 / kv_bits(values)) : padded_dim_;
+  values_.data = place(tokens * value_columns * kv_bits(values) / 8);
+  keys_.scales = place(kv_is_code(keys) ? tokens * keys_.groups() * 2 : 0);
+  values_.scales = place(kv_is_code(values) ? tokens * values_.groups() * 2 : 0);
+  keys_.zeros = place(kv_has_zero(keys) ? tokens * keys_.groups() : 0);
+  values_.zeros = place(kv_has_zero(values) ? tokens * values_.groups() : 0);
+  head_bytes_ = round_up(at, kAlignment);
+  page_bytes_ = heads * head_bytes_;
+}
+
+KvPages::KvPages(const KvPages& other)
+    : head_dim_(other.head_dim_),
+      padded_dim_(other.padded_dim_),
+      key_type_(other.key_type_),
+      value_type_(other.value_type_),
+      page_shift_(other.page_shift_),
+      fixed_(other.fixed_),
+      reach_(other.reach_),
+      begin_(other.begin_),
+      first_(other.first_),
+      in_use_(other.in_use_),
+      keys_(other.keys_),
+      values_(other.values_),
+      head_bytes_(other.head_bytes_),
+      page_bytes_(other.page_bytes_) {
+  for (const Page& page : other.pages_) {
+    pages_.push_back(page ? new_page() : Page());
+    if (page) std::memcpy(pages_.back().get(), page.get(), static_cast<std::size_t>(page_bytes_));
+  }
+}
+
+std::int64_t KvPages::pages_of(std::int64_t tokens) const {
+  return (tokens + (std::int64_t{1} << page_shift_) - 1) >> page_shift_;
+}
 
 // Zeroed: a block of 16 tokens is read whole, and what lies behind the last token must be no NaN.
-Sequence::Page Sequence::new_page() const {
-  const auto bytes = static_cast<std::size_t>((shape_.page_bytes() + 63) / 64 * 64);
-  Page page(std::aligned_alloc(64, bytes));
+KvPages::Page KvPages::new_page() const {
+  Page page(std::aligned_alloc(kAlignment, static_cast<std::size_t>(page_bytes_)));
   if (!page) throw std::bad_alloc();
-  std::memset(page.get(), 0, bytes);
+  std::memset(page.get(), 0, static_cast<std::size_t>(page_bytes_));
   return page;
 }
 
-std::int64_t Sequence::bytes() const {
-  std::int64_t count = 0;
-  for (const auto& layer : pages_) count += static_cast<std::int64_t>(layer.size());
-  return count * shape_.page_bytes();
+std::vector<KvPages::Page> KvPages::missing(std::int64_t start, std::int64_t count) const {
+  std::int64_t wanted = pages_of(start + count);
+  // Between two steps, the pages of the fixed tokens, of those within reach and of the new ones.
+  const std::int64_t within = reach_ + std::min(count, kChunkTokens);
+  wanted = std::min(wanted, pages_of(fixed_) + pages_of(within) + 1);
+  std::vector<Page> fresh;
+  for (std::int64_t have = held(); have < wanted; ++have) fresh.push_back(new_page());
+  return fresh;
 }
 
-void Sequence::reserve(std::int64_t length) {
-  const auto wanted = static_cast<std::size_t>((length + kPageTokens - 1) / kPageTokens);
-  if (pages_.empty() || wanted <= pages_.back().size()) return;
-  std::vector<std::vector<Page>> fresh(pages_.size());
-  for (std::size_t layer = 0; layer < pages_.size(); ++layer) {
-    pages_[layer].reserve(wanted);
-    while (pages_[layer].size() + fresh[layer].size() < wanted) fresh[layer].push_back(new_page());
+void KvPages::give(std::vector<Page> fresh) {
+  for (Page& page : fresh) spare_.push_back(std::move(page));
+}
+
+void KvPages::slide(std::int64_t start, std::int64_t count) {
+  const std::int64_t from = std::max(pages_of(fixed_), std::max<std::int64_t>(0, start - reach_) >> page_shift_);
+  const std::int64_t end = pages_of(start + count);
+  if (static_cast<std::int64_t>(pages_.size()) < end) pages_.resize(static_cast<std::size_t>(end));
+  for (; first_ < from; ++first_) take_back(first_);
+  if (first_ > pages_of(fixed_)) begin_ = std::max(begin_, first_ << page_shift_);
+  for (std::int64_t i = start >> page_shift_; i < end; ++i) {
+    Page& page = pages_[static_cast<std::size_t>(i)];
+    if (page) continue;
+    page = std::move(spare_.back());
+    spare_.pop_back();
+    ++in_use_;
   }
-  for (std::size_t layer = 0; layer < pages_.size(); ++layer) {
-    for (Page& page : fresh[layer]) pages_[layer].push_back(std::move(page));
+}
+
+void KvPages::take_back(std::int64_t number) {
+  if (number >= static_cast<std::int64_t>(pages_.size()) || !pages_[static_cast<std::size_t>(number)]) return;
+  spare_.push_back(std::move(pages_[static_cast<std::size_t>(number)]));
+  --in_use_;
+}
+
+void KvPages::crop(std::int64_t length) {
+  const std::int64_t end = pages_of(length);
+  for (std::int64_t i = end; i < static_cast<std::int64_t>(pages_.size()); ++i) take_back(i);
+  pages_.resize(std::min(static_cast<std::size_t>(end), pages_.size()));
+  if (length < begin_) {
+    begin_ = round_up(length, kKeyTokens);
+    first_ = std::max(pages_of(fixed_), length >> page_shift_);
   }
+  // One stays: speculative decoding crops and grows again at every step.
+  if (spare_.size() > 1) spare_.resize(1);
+}
+
+KvRows KvPages::keys(std::int64_t head) const {
+  // unique_ptr<void, Free> with an empty deleter is one pointer, so the vector's data is an array of pages.
+  static_assert(sizeof(Page) == sizeof(void*));
+  KvRows rows = keys_;
+  rows.pages = reinterpret_cast<void* const*>(pages_.data());
+  rows.data += head * head_bytes_, rows.scales += head * head_bytes_, rows.zeros += head * head_bytes_;
+  return rows;
+}
+
+KvRows KvPages::values(std::int64_t head) const {
+  KvRows rows = values_;
+  rows.pages = reinterpret_cast<void* const*>(pages_.data());
+  rows.data += head * head_bytes_, rows.scales += head * head_bytes_, rows.zeros += head * head_bytes_;
+  return rows;
+}
+
+Sequence::Sequence(const KvShape& shape) : shape_(shape) {
+  for (const KvLayerShape& layer : shape.layers) {
+    layers_.push_back({layer, stored_pages(shape, layer), near_pages(shape, layer)});
+  }
+}
+
+Sequence::Sequence(const Sequence& other) : shape_(other.shape_), length_(other.length_), layers_(other.layers_) {}
+
+template <class F>
+void Sequence::for_pages(const F& f) {
+  for (KvLayer& layer : layers_) {
+    f(layer.stored);
+    if (layer.near) f(*layer.near);
+  }
+}
+
+std::int64_t Sequence::bytes() const {
+  std::int64_t sum = 0;
+  for (const KvLayer& layer : layers_) sum += layer.stored.bytes() + (layer.near ? layer.near->bytes() : 0);
+  return sum;
+}
+
+void Sequence::reserve(std::int64_t count) {
+  std::vector<std::vector<KvPages::Page>> fresh;
+  for_pages([&](KvPages& pages) { fresh.push_back(pages.missing(length_, count)); });
+  std::size_t i = 0;
+  for_pages([&](KvPages& pages) { pages.give(std::move(fresh[i++])); });
+}
+
+void Sequence::slide(std::int64_t start, std::int64_t count) {
+  for_pages([&](KvPages& pages) { pages.slide(start, count); });
+}
+
+void Sequence::append(const KernelTable& table, std::int64_t layer, std::int64_t token, const float* keys,
+                      const float* values) const {
+  const KvLayer& at = layers_[static_cast<std::size_t>(layer)];
+  const auto store = [&](const KvPages& pages) {
+    for (std::int64_t head = 0; head < shape_.heads; ++head) {
+      table.append_key[pages.key_type()](pages.keys(head), token, keys + head * shape_.head_dim);
+      table.append_value[pages.value_type()](pages.values(head), token, values + head * shape_.head_dim);
+    }
+  };
+  store(at.stored);
+  if (at.near) store(*at.near);
+}
+
+void Sequence::grow(std::int64_t length) {
+  slide(length - length_ <= kStepTaken ? length_ : length, 0);
+  length_ = length;
+  for_pages([&](KvPages& pages) { pages.crop(length); });
+}
+
+std::int64_t Sequence::least_crop() const {
+  std::int64_t least = 0;
+  for (const KvLayer& layer : layers_) {
+    if (layer.stored.begin() > 0) least = std::max(least, layer.stored.begin() + layer.shape.window - 1);
+  }
+  return least;
 }
 
 void Sequence::crop(std::int64_t length) {
-  if (length < 0 || length > length_) {
+  const std::int64_t least = least_crop();
+  if (length < 0 || length > length_ || (length > 0 && length < least)) {
     throw std::invalid_argument("cannot crop a sequence of " + std::to_string(length_) + " tokens to " +
-                                std::to_string(length) + "; use 0 to " + std::to_string(length_));
+                                std::to_string(length) + "; use " + std::to_string(least) + " to " +
+                                std::to_string(length_) +
+                                (least > 0 ? ", or 0: layers of a sliding window forget what lies before it" : ""));
   }
   length_ = length;
-  const auto wanted = static_cast<std::size_t>((length + kPageTokens - 1) / kPageTokens);
-  for (auto& layer : pages_) {
-    // One spare page stays: speculative decoding crops and grows again at every step.
-    if (layer.size() > wanted + 1) layer.resize(wanted + 1);
-  }
-}
-
-KvView Sequence::view(std::int64_t layer, std::int64_t head) const {
-  // unique_ptr<void, Free> with an empty deleter is one pointer, so the vector's data is an array of pages.
-  static_assert(sizeof(Page) == sizeof(void*));
-  return {.pages = reinterpret_cast<void* const*>(pages_[static_cast<std::size_t>(layer)].data()),
-          .head = head,
-          .head_stride = shape_.head_elements(),
-          .head_dim = shape_.head_dim,
-          .padded_dim = shape_.padded_dim()};
+  for_pages([&](KvPages& pages) { pages.crop(length); });
 }
 
 }  // namespace llmq

@@ -4,19 +4,91 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "kernel_table.h"
 
 namespace llmq {
 
-struct KvShape {
-  std::int64_t layers, heads, head_dim;
-  bool full_floats;  // f32 instead of f16
+// Tokens processed together, at most: enough to reuse an unpacked weight many times, few enough for the activations to
+// stay in the last cache.
+constexpr std::int64_t kChunkTokens = 512;
+// Tokens that a crop may take back without a trace in a layer that forgets: more than speculative decoding guesses.
+constexpr std::int64_t kCropTokens = 32;
+// A step of at most so many tokens may be taken back as a whole, too.
+constexpr std::int64_t kStepTaken = 256;
 
-  std::int64_t padded_dim() const { return (head_dim + kHeadPadding - 1) / kHeadPadding * kHeadPadding; }
-  std::int64_t head_elements() const { return kPageTokens * (head_dim + padded_dim()); }
-  std::int64_t page_bytes() const { return heads * head_elements() * (full_floats ? 4 : 2); }
+// How one layer stores its tokens. Where `near` is set, tokens are stored in that type as well as long as a query sees
+// them so: the first `sinks` and the last `recent` before each query, both rounded up to whole blocks of kKeyTokens.
+struct KvLayerShape {
+  KvType keys, values;
+  bool rotate = false;  // keys, and the queries that meet them, are rotated by a Hadamard matrix
+  std::optional<KvType> near = {};
+  std::int64_t sinks = 0, recent = 0;
+  std::int64_t window = 0;  // tokens that a token sees, itself included; 0: all
+};
+
+struct KvShape {
+  std::int64_t heads, head_dim;
+  std::vector<KvLayerShape> layers;
+};
+
+// Pages of one layer, numbered by the tokens they hold. For each head in turn a page holds the keys, the values, the
+// scales of the keys, the scales of the values, the zeros of both, as KvRows describes them.
+class KvPages {
+ public:
+  static constexpr std::int64_t kEverything = std::int64_t{1} << 60;
+
+  // The first `fixed` tokens and `reach` before those of a step stay, the others are forgotten.
+  KvPages(std::int64_t heads, std::int64_t head_dim, KvType keys, KvType values, int page_shift, std::int64_t fixed,
+          std::int64_t reach);
+  KvPages(const KvPages& other);
+  KvPages(KvPages&&) = default;
+
+  KvType key_type() const { return key_type_; }
+  KvType value_type() const { return value_type_; }
+  std::int64_t bytes() const { return held() * page_bytes_; }
+  std::int64_t fixed() const { return fixed_; }
+  // All tokens from here on are held, besides the fixed ones.
+  std::int64_t begin() const { return begin_; }
+
+  struct Free {
+    void operator()(void* p) const;
+  };
+  using Page = std::unique_ptr<void, Free>;
+  // Pages that it takes, beyond those held, to add `count` tokens to `start`, by steps. Throws std::bad_alloc.
+  std::vector<Page> missing(std::int64_t start, std::int64_t count) const;
+  void give(std::vector<Page> fresh);
+  // Make room for `count` tokens from `start` on, out of pages that were given or are forgotten.
+  void slide(std::int64_t start, std::int64_t count);
+  // Forget the tokens behind `length`, and pages that are not in use.
+  void crop(std::int64_t length);
+
+  KvRows keys(std::int64_t head) const;
+  KvRows values(std::int64_t head) const;
+
+ private:
+  std::int64_t pages_of(std::int64_t tokens) const;
+  std::int64_t held() const { return in_use_ + static_cast<std::int64_t>(spare_.size()); }
+  void take_back(std::int64_t number);
+  Page new_page() const;
+
+  std::int64_t head_dim_, padded_dim_;
+  KvType key_type_, value_type_;
+  int page_shift_;
+  std::int64_t fixed_, reach_, begin_ = 0;
+  std::int64_t first_;  // page beyond the fixed ones before which none is held
+  std::int64_t in_use_ = 0;
+  KvRows keys_, values_;  // of head 0
+  std::int64_t head_bytes_, page_bytes_;
+  std::vector<Page> pages_, spare_;
+};
+
+struct KvLayer {
+  KvLayerShape shape;
+  KvPages stored;
+  std::optional<KvPages> near;
 };
 
 class Sequence {
@@ -28,29 +100,32 @@ class Sequence {
   const KvShape& shape() const { return shape_; }
   std::int64_t length() const { return length_; }
   std::int64_t bytes() const;
+  const KvLayer& layer(std::int64_t layer) const { return layers_[static_cast<std::size_t>(layer)]; }
 
-  // Room for `length` tokens in every layer. Throws std::bad_alloc and leaves the sequence as it was.
-  void reserve(std::int64_t length);
+  // Memory for `count` more tokens in every layer. Throws std::bad_alloc and leaves the sequence as it was.
+  void reserve(std::int64_t count);
+  // Room for `count` <= kChunkTokens tokens from `start` on, for which memory was reserved.
+  void slide(std::int64_t start, std::int64_t count);
+  // Store keys and values f32[heads, head_dim] of one token of one layer; there must be room for it.
+  void append(const KernelTable& table, std::int64_t layer, std::int64_t token, const float* keys,
+              const float* values) const;
   // The tokens up to `length` count from now on; their keys and values have been stored.
-  void grow(std::int64_t length) { length_ = length; }
-  // Forget the tokens behind `length`. Throws std::invalid_argument when there are not so many.
+  void grow(std::int64_t length);
+  // Forget the tokens behind `length`. Throws std::invalid_argument when there are not so many, or where tokens that
+  // the next one sees have left the window: 0 and least_crop() to length() are possible.
   void crop(std::int64_t length);
-
-  KvView view(std::int64_t layer, std::int64_t head) const;
+  std::int64_t least_crop() const;
 
   // Held while a step runs: two steps on one sequence would write the same pages.
   std::mutex busy;
 
  private:
-  struct Free {
-    void operator()(void* p) const;
-  };
-  using Page = std::unique_ptr<void, Free>;
-  Page new_page() const;
+  template <class F>
+  void for_pages(const F& f);
 
   KvShape shape_;
   std::int64_t length_ = 0;
-  std::vector<std::vector<Page>> pages_;  // [layer][page]
+  std::vector<KvLayer> layers_;
 };
 
 }  // namespace llmq

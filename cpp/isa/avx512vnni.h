@@ -60,6 +60,19 @@ struct Isa {
     return _mm512_add_epi32(acc, _mm512_madd_epi16(low, total));
   }
 
+  // Two 16-bit numbers a 32-bit lane.
+  using Pairs = __m512i;
+  static Pairs load_pairs(const std::int8_t* p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static Pairs broadcast_pair(const std::int16_t* p) {
+    std::int32_t pair;
+    __builtin_memcpy(&pair, p, sizeof pair);
+    return _mm512_set1_epi32(pair);
+  }
+  // acc + the sum of both products
+  static Ints add_pairs(Ints acc, Pairs a, Pairs b) { return _mm512_dpwssd_epi32(acc, a, b); }
+
   static Floats set_floats(float value) { return _mm512_set1_ps(value); }
   static Floats halves_to_floats(const std::uint16_t* halves) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));

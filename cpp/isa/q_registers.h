@@ -46,6 +46,20 @@ struct Isa {
   // acc + a * total
   static Ints add_product(Ints acc, Ints a, Ints total) { return vmlaq_s32(acc, a, total); }
 
+  // Two 16-bit numbers a 32-bit lane.
+  struct Pairs {
+    int16x4_t first, second;
+  };
+  static Pairs load_pairs(const std::int8_t* p) {
+    const int8x8_t pairs = vld1_s8(p);
+    return {vget_low_s16(vmovl_s8(vuzp1_s8(pairs, pairs))), vget_low_s16(vmovl_s8(vuzp2_s8(pairs, pairs)))};
+  }
+  static Pairs broadcast_pair(const std::int16_t* p) { return {vdup_n_s16(p[0]), vdup_n_s16(p[1])}; }
+  // acc + the sum of both products
+  static Ints add_pairs(Ints acc, Pairs a, Pairs b) {
+    return vmlal_s16(vmlal_s16(acc, a.first, b.first), a.second, b.second);
+  }
+
   static Floats set_floats(float value) { return vdupq_n_f32(value); }
   static Floats halves_to_floats(const std::uint16_t* halves) {
     return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves)));

@@ -82,6 +82,17 @@ struct Isa {
   }
   static Ints add_product(Ints acc, Ints a, Ints total) { return acc + a * total; }
 
+  // Two 16-bit numbers a 32-bit lane, widened.
+  struct Pairs {
+    Ints first, second;
+  };
+  static Pairs load_pairs(const std::int8_t* p) { return {Ints{p[0], p[2], p[4], p[6]}, Ints{p[1], p[3], p[5], p[7]}}; }
+  static Pairs broadcast_pair(const std::int16_t* p) { return {set_ints(p[0]), set_ints(p[1])}; }
+  // acc + the sum of both products
+  static Ints add_pairs(Ints acc, const Pairs& a, const Pairs& b) {
+    return acc + a.first * b.first + a.second * b.second;
+  }
+
   static Floats set_floats(float value) { return Floats{value, value, value, value}; }
 
   static Floats halves_to_floats(const std::uint16_t* halves) {

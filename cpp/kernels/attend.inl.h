@@ -1,8 +1,8 @@
-// Attention of some query rows over the cached keys and values of one key/value head (layout: KvView in
-// kernel_table.h). Included inside an anonymous namespace, once an ISA.
+// Attention of some query rows over the cached keys and values of one key/value head (layout: KvRows in
+// kernel_table.h), a part of kPartTokens tokens at a time: scores, softmax, weighted sum. Here for elements of f16 and
+// f32; attend_codes.inl.h for codes. Included inside an anonymous namespace, once an ISA.
 //
-// A lane is a token for the scores and a column of the head for the values, so no sum crosses lanes. Softmax is the
-// online form (Milakov and Gimelshein 2018, arXiv 1805.02867): acc and sum are rescaled when a larger score turns up.
+// A lane is a token for the scores and a column of the head for the values, so no sum crosses lanes.
 
 constexpr float kMinusInfinity = -__builtin_inff();
 
@@ -24,33 +24,45 @@ LLMQ_INLINE void store_kv(float* p, typename Isa::Floats a) {
   Isa::store(p, a);
 }
 
-template <class Kv>
-LLMQ_INLINE Kv* keys_of(const KvView& kv, std::int64_t token) {
-  auto* page = static_cast<Kv*>(kv.pages[token / kPageTokens]) + kv.head * kv.head_stride;
-  return page + token % kPageTokens / kKeyTokens * (kKeyTokens * kv.head_dim);
+LLMQ_INLINE std::uint8_t* page_of(const KvRows& rows, std::int64_t token) {
+  return static_cast<std::uint8_t*>(rows.pages[token >> rows.page_shift]);
 }
 template <class Kv>
-LLMQ_INLINE Kv* values_of(const KvView& kv, std::int64_t token) {
-  auto* page = static_cast<Kv*>(kv.pages[token / kPageTokens]) + kv.head * kv.head_stride;
-  return page + kPageTokens * kv.head_dim + token % kPageTokens * kv.padded_dim;
+LLMQ_INLINE Kv* keys_of(const KvRows& keys, std::int64_t token) {
+  return reinterpret_cast<Kv*>(page_of(keys, token) + keys.data) +
+         keys.slot(token) / kKeyTokens * (kKeyTokens * keys.dim);
+}
+template <class Kv>
+LLMQ_INLINE Kv* values_of(const KvRows& values, std::int64_t token) {
+  return reinterpret_cast<Kv*>(page_of(values, token) + values.data) + values.slot(token) * values.padded;
 }
 
-// Store key and value f32[head_dim] of one token.
+LLMQ_INLINE int lesser(std::int64_t left, int most) { return left < most ? static_cast<int>(left) : most; }
+
+// The n <= Isa::kRows floats of x as elements, the rest 0.
 template <class Isa, class Kv>
-void append_kv(const KvView& kv, std::int64_t token, const float* key, const float* value) {
-  constexpr int kLanes = Isa::kRows;
-  Kv* keys = keys_of<Kv>(kv, token) + token % kKeyTokens;
-  Kv* values = values_of<Kv>(kv, token);
-  float padded[kLanes];
-  Kv converted[kLanes];
-  for (std::int64_t d = 0; d < kv.padded_dim; d += kLanes) {
-    const std::int64_t left = kv.head_dim - d;
-    const int n = left >= kLanes ? kLanes : left > 0 ? static_cast<int>(left) : 0;
-    for (int i = 0; i < kLanes; ++i) padded[i] = i < n ? value[d + i] : 0.0f;
-    store_kv<Isa>(values + d, Isa::load(padded));
-    for (int i = 0; i < kLanes; ++i) padded[i] = i < n ? key[d + i] : 0.0f;
-    store_kv<Isa>(converted, Isa::load(padded));
-    for (int i = 0; i < n; ++i) keys[(d + i) * kKeyTokens] = converted[i];
+LLMQ_INLINE void convert_lanes(const float* x, int n, Kv* out) {
+  float padded[Isa::kRows];
+  for (int i = 0; i < Isa::kRows; ++i) padded[i] = i < n ? x[i] : 0.0f;
+  store_kv<Isa>(out, Isa::load(padded));
+}
+
+template <class Isa, class Kv>
+void append_key(const KvRows& keys, std::int64_t token, const float* key) {
+  Kv* to = keys_of<Kv>(keys, token) + token % kKeyTokens;
+  Kv converted[Isa::kRows];
+  for (std::int64_t d = 0; d < keys.dim; d += Isa::kRows) {
+    const int n = lesser(keys.dim - d, Isa::kRows);
+    convert_lanes<Isa>(key + d, n, converted);
+    for (int i = 0; i < n; ++i) to[(d + i) * kKeyTokens] = converted[i];
+  }
+}
+
+template <class Isa, class Kv>
+void append_value(const KvRows& values, std::int64_t token, const float* value) {
+  Kv* to = values_of<Kv>(values, token);
+  for (std::int64_t d = 0; d < values.padded; d += Isa::kRows) {
+    convert_lanes<Isa>(value + d, lesser(values.dim - d, Isa::kRows), to + d);
   }
 }
 
@@ -112,71 +124,86 @@ LLMQ_INLINE void add_values(const Kv* values, std::int64_t padded_dim, const flo
   }
 }
 
-// Turn the scores of one row over 16 tokens into weights exp(score - max) and rescale what was summed before. False:
-// the row sees none of these tokens.
-LLMQ_INLINE bool soften_row(const AttendJob& job, std::int64_t row, std::int64_t token, float* s) {
-  const std::int64_t from = job.visible[row].begin - token, to = job.visible[row].end - token;
-  if (from >= kKeyTokens || to <= 0) {
-    for (int i = 0; i < kKeyTokens; ++i) s[i] = 0.0f;
-    return false;
-  }
-  if (job.softcap > 0.0f) softcap(s, kKeyTokens, job.softcap);
-  float largest = job.max[row];
-  for (int i = 0; i < kKeyTokens; ++i) {
-    s[i] = i >= from && i < to ? s[i] : kMinusInfinity;
-    largest = s[i] > largest ? s[i] : largest;
-  }
-  if (largest > job.max[row]) {
-    const float shrink = job.sum[row] > 0.0f ? fast_exp(job.max[row] - largest) : 0.0f;
-    job.sum[row] *= shrink;
-    float* acc = job.acc + row * job.kv.padded_dim;
-    for (std::int64_t d = 0; d < job.kv.padded_dim; ++d) acc[d] *= shrink;
-    job.max[row] = largest;
-  }
-  float sum = 0.0f;
-  for (int i = 0; i < kKeyTokens; ++i) {
-    const float e = fast_exp(s[i] - largest);
-    s[i] = s[i] == kMinusInfinity ? 0.0f : e;
-  }
-  for (int i = 0; i < kKeyTokens; ++i) sum += s[i];
-  job.sum[row] += sum;
-  return true;
-}
-
-template <class Isa, class Kv, int kRows>
-LLMQ_INLINE void attend_rows(const AttendJob& job, std::int64_t row, std::int64_t token) {
-  float weights[kRows * kKeyTokens];
-  score_rows<Isa, Kv, kRows>(keys_of<Kv>(job.kv, token), job.kv.head_dim, job.q + row, weights);
-  bool any = false;
-  for (int r = 0; r < kRows; ++r) any |= soften_row(job, row + r, token, weights + r * kKeyTokens);
-  if (any) {
-    add_values<Isa, Kv, kRows>(values_of<Kv>(job.kv, token), job.kv.padded_dim, weights,
-                               job.acc + row * job.kv.padded_dim);
+// f<n>(row) for tiles of n = kTile rows, and once for the rows that do not fill one.
+template <int kTile, class F>
+LLMQ_INLINE void for_last_rows(std::int64_t row, std::int64_t rows, const F& f) {
+  if (rows - row == kTile) {
+    f.template operator()<kTile>(row);
+  } else if constexpr (kTile > 1) {
+    for_last_rows<kTile - 1>(row, rows, f);
   }
 }
+template <int kTile, class F>
+LLMQ_INLINE void for_row_tiles(std::int64_t rows, const F& f) {
+  std::int64_t row = 0;
+  for (; row + kTile <= rows; row += kTile) f.template operator()<kTile>(row);
+  if (row < rows) for_last_rows<kTile - 1>(row, rows, f);
+}
 
-// The rows that do not fill a tile: one tile of exactly as many.
-template <class Isa, class Kv, int kRows>
-LLMQ_INLINE void attend_remainder(const AttendJob& job, std::int64_t row, std::int64_t token) {
-  if (job.rows - row == kRows) {
-    attend_rows<Isa, Kv, kRows>(job, row, token);
-  } else if constexpr (kRows > 1) {
-    attend_remainder<Isa, Kv, kRows - 1>(job, row, token);
+// 6 rows x 16 lanes: 12 sums of 8 floats, two vectors of keys or values and one of the rows fill 16 registers.
+template <class Isa>
+constexpr int kAttendTile = Isa::kRows >= 8 ? 6 : 2;
+
+template <class Isa, class Kv>
+void key_scores(const ScoreJob& job) {
+  float* out = job.out;
+  for (std::int64_t token = job.tokens.begin; token < job.tokens.end; token += kKeyTokens) {
+    const Kv* keys = keys_of<Kv>(job.keys, token);
+    for_row_tiles<kAttendTile<Isa>>(job.rows, [&]<int kRows>(std::int64_t row) __attribute__((always_inline)) {
+      score_rows<Isa, Kv, kRows>(keys, job.keys.dim, job.q + row, out + row * kKeyTokens);
+    });
+    out += job.rows * kKeyTokens;
   }
 }
 
 template <class Isa, class Kv>
-void attend(const AttendJob& job) {
-  // 6 rows x 16 tokens: 12 sums of 8 floats, two keys and a query fill 16 registers.
-  constexpr int kTile = Isa::kRows >= 8 ? 6 : 2;
-  for (std::int64_t r = 0; r < job.rows; ++r) {
-    job.max[r] = kMinusInfinity;
-    job.sum[r] = 0.0f;
+void sum_values(const ValueJob& job) {
+  const float* weights = job.weights;
+  for (std::int64_t token = job.tokens.begin; token < job.tokens.end; token += kKeyTokens) {
+    const Kv* values = values_of<Kv>(job.values, token);
+    for_row_tiles<kAttendTile<Isa>>(job.rows, [&]<int kRows>(std::int64_t row) __attribute__((always_inline)) {
+      add_values<Isa, Kv, kRows>(values, job.values.padded, weights + row * kKeyTokens,
+                                 job.acc + row * job.values.padded);
+    });
+    weights += job.rows * kKeyTokens;
   }
-  for (std::int64_t i = 0; i < job.rows * job.kv.padded_dim; ++i) job.acc[i] = 0.0f;
-  for (std::int64_t token = job.tokens.begin / kKeyTokens * kKeyTokens; token < job.tokens.end; token += kKeyTokens) {
-    std::int64_t row = 0;
-    for (; row + kTile <= job.rows; row += kTile) attend_rows<Isa, Kv, kTile>(job, row, token);
-    if (row < job.rows) attend_remainder<Isa, Kv, kTile - 1>(job, row, token);
+}
+
+// s[16] becomes exp(s - largest), 0 where it is -infinity.
+LLMQ_INLINE void soften_block(float* s, float largest) {
+  for (int i = 0; i < kKeyTokens; ++i) {
+    const float e = fast_exp(s[i] - largest);
+    s[i] = s[i] == kMinusInfinity ? 0.0f : e;
+  }
+}
+
+void softmax(const SoftmaxJob& job) {
+  const std::int64_t blocks = (job.tokens.end - job.tokens.begin + kKeyTokens - 1) / kKeyTokens;
+  const std::int64_t stride = job.rows * kKeyTokens;
+  for (std::int64_t row = 0; row < job.rows; ++row) {
+    float* scores = job.scores + row * kKeyTokens;
+    const std::int64_t from = job.visible[row].begin - job.tokens.begin, to = job.visible[row].end - job.tokens.begin;
+    float lanes[kKeyTokens], largest = kMinusInfinity, sum = 0.0f;
+    for (int i = 0; i < kKeyTokens; ++i) lanes[i] = kMinusInfinity;
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      float* s = scores + b * stride;
+      if (job.softcap > 0.0f) softcap(s, kKeyTokens, job.softcap);
+      const auto first = static_cast<int>(from - b * kKeyTokens), last = static_cast<int>(to - b * kKeyTokens);
+      for (int i = 0; i < kKeyTokens; ++i) {
+        s[i] = i >= first && i < last ? s[i] : kMinusInfinity;
+        lanes[i] = s[i] > lanes[i] ? s[i] : lanes[i];
+      }
+    }
+    for (int i = 0; i < kKeyTokens; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
+    for (int i = 0; i < kKeyTokens; ++i) lanes[i] = 0.0f;
+    // From one block on, so that the sum does not depend on how many blocks of zeros come behind the row's last token.
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      float* s = scores + b * stride;
+      soften_block(s, largest);
+      for (int i = 0; i < kKeyTokens; ++i) lanes[i] += s[i];
+    }
+    for (int i = 0; i < kKeyTokens; ++i) sum += lanes[i];
+    job.max[row] = largest;
+    job.sum[row] = sum;
   }
 }

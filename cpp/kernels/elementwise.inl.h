@@ -67,6 +67,25 @@ void rope(float* x, const float* cosine, const float* sine, std::int64_t half, f
   }
 }
 
+// x = x * H / sqrt(size), H the Hadamard matrix of the largest power of two `size` that divides n, block by block.
+void hadamard(float* x, std::int64_t n) {
+  const std::int64_t size = n & -n;
+  for (std::int64_t half = 1; half < size; half *= 2) {
+    for (std::int64_t i = 0; i < n; i += 2 * half) {
+      float *low = x + i, *high = low + half;
+      LLMQ_ELEMENTWISE
+      for (std::int64_t j = 0; j < half; ++j) {
+        const float a = low[j], b = high[j];
+        low[j] = a + b;
+        high[j] = a - b;
+      }
+    }
+  }
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(size));
+  LLMQ_ELEMENTWISE
+  for (std::int64_t i = 0; i < n; ++i) x[i] *= scale;
+}
+
 // out = silu(gate) * up
 void gated_silu(const float* gate, const float* up, std::int64_t n, float* out) {
   LLMQ_ELEMENTWISE

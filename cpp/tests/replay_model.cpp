@@ -93,7 +93,9 @@ void replay_model(const Case& c) {
     for (const int threads : {1, 2, 3}) {
       set_num_threads(threads);
       std::vector<float> out(expected.size());
-      Sequence sequence(decoder.kv_shape(floats));
+      const KvType type = floats ? kKvFloat : kKvHalf;
+      Sequence sequence(
+          decoder.kv_shape(std::vector<KvLayerShape>(model.spec.layers.size(), {.keys = type, .values = type})));
       // A prompt, then one token at a time.
       for (std::int64_t at = 0, step = count / 2; at < count; at += step, step = 1) {
         decoder.forward(*table,

@@ -35,6 +35,7 @@ except ImportError as error:
 
 __all__ = [
     "PackedWeight",
+    "attend",
     "available_isas",
     "compiled",
     "current_isa",
@@ -302,6 +303,66 @@ def take_rows(w: PackedWeight, ids: Tensor) -> Tensor:
     out = torch.empty(ids.numel(), w.k)
     _layout(w.n, w.k, w.scheme).take_rows(
         data=w.data.data_ptr(), nbytes=w.data.numel(), ids=ids.data_ptr(), count=ids.numel(), out=out.data_ptr()
+    )
+    return out
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    k_bits: int = 16,
+    v_bits: int = 16,
+    sinks: int = 0,
+    recent: int = 0,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Attention of the last T of L tokens, over keys and values stored as the decoder stores them.
+
+    Args:
+        q: f32[T, H, D], already scaled.
+        k, v: f32[L, H_kv, D], L >= T; H is a multiple of H_kv.
+        k_bits, v_bits: 32, 16, 8, 4 or 2.
+        sinks, recent: tokens that are seen in 16 bits where keys or values have fewer than 8 (reference.near).
+        window: tokens that a token sees, itself included; 0: all.
+        softcap: of the scores; 0: none.
+
+    Returns:
+        f32[T, H, D].
+
+    Raises:
+        TypeError: q, k or v is not f32.
+        ValueError: shapes that do not fit, or unknown bits.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_f32(name, x)
+    fits = q.dim() == k.dim() == 3 and k.shape == v.shape and q.shape[2] == k.shape[2]
+    if not fits or q.shape[1] % k.shape[1] or not 0 < q.shape[0] <= k.shape[0]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k, v have shapes {shapes}; attention needs [T, H, D] and twice [L, H_kv, D], L >= T")
+    if current_isa() == REFERENCE:
+        bits = {"k_bits": k_bits, "v_bits": v_bits, "sinks": sinks, "recent": recent}
+        return reference.attend(q, k, v, **bits, window=window, softcap=softcap)
+    follow_torch()
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = torch.empty_like(q)
+    _core.attend(
+        q=q.data_ptr(),
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        count=q.shape[0],
+        length=k.shape[0],
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        bits=(k_bits, v_bits),
+        sinks=sinks,
+        recent=recent,
+        window=window,
+        softcap=softcap,
+        out=out.data_ptr(),
     )
     return out
 

@@ -86,6 +86,124 @@ def take_rows(t: QTensor, ids: Tensor) -> Tensor:
     return QTensor(t.q[ids], t.scale[ids], zero, t.scheme).dequantize()
 
 
+# Columns of a head that share a scale in the key/value cache, by bits: of a key, of a value; and of a query.
+KEY_GROUP = {8: 32, 4: 32, 2: 32}
+VALUE_GROUP = {8: 128, 4: 64, 2: 32}
+QUERY_GROUP = 32
+KV_BLOCK = 16  # tokens that change together from 16 bits to codes
+
+
+def round_kv(x: Tensor, bits: int, groups: dict[int, int]) -> Tensor:
+    """Keys or values f32[..., D] as the cache holds them: 32 bits as they are, 16 a float16, fewer codes.
+
+    x ~ scale * (code - zero) for each token, head and group of columns: symmetric with scale amax / 127 at 8 bits, else
+    from the least to the largest of the group and 0. The scale is a float16 and rounded before the codes are made.
+    """
+    if bits >= 16:
+        return x if bits == 32 else x.half().float()
+    parts = []
+    for part in x.split(groups[bits], dim=-1):
+        low, high = part.amin(-1, keepdim=True).clamp(max=0), part.amax(-1, keepdim=True).clamp(min=0)
+        top = 2**bits - 1
+        reach, steps = (torch.maximum(high, -low), 127) if bits == 8 else (high - low, top)
+        scale = (reach / torch.full_like(reach, steps)).half().float()  # a tensor: see quantize_rows
+        inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
+        zero = torch.full_like(low, 128.0) if bits == 8 else (-low * inverse).round().clamp(0, top)
+        codes = ((part * inverse).round() + zero).clamp(1 if bits == 8 else 0, top)
+        parts.append((codes - zero) * scale)
+    return torch.cat(parts, -1)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """x f32[..., D] times the normalized Hadamard matrix of the largest power of two that divides D, block by block."""
+    size = x.shape[-1] & -x.shape[-1]
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    blocks = x.reshape(*x.shape[:-1], -1, size)
+    rotated: Tensor = blocks @ (matrix / size**0.5)
+    return rotated.reshape(x.shape)
+
+
+def near(count: int, length: int, sinks: int, recent: int) -> Tensor:
+    """bool[T, L]: which tokens the last T of L see in 16 bits: the first ``sinks`` and the last ``recent`` before each.
+
+    Both are rounded up to whole blocks of ``KV_BLOCK`` tokens.
+    """
+    position = torch.arange(length - count, length)[:, None]
+    first = (position + 1 - recent).clamp(min=0) // KV_BLOCK * KV_BLOCK
+    token = torch.arange(length)
+    return (token >= first) | (token < -(-sinks // KV_BLOCK) * KV_BLOCK)
+
+
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    *,
+    k_bits: int,
+    seen_near: Tensor | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """f32[H, T, L]: how much of each token goes into each row; arguments as in :func:`attend`, and :func:`near`."""
+    (count, heads, dim), (length, kv_heads, _) = q.shape, k.shape
+
+    def scores(q: Tensor, bits: int) -> Tensor:
+        keys = round_kv(k, bits, KEY_GROUP).repeat_interleave(heads // kv_heads, 1)
+        return torch.einsum("thd,lhd->htl", q, keys)
+
+    if k_bits >= 16:
+        s = scores(q, k_bits)
+    else:
+        codes, scale, _ = quantize_rows(q.reshape(-1, dim), QUERY_GROUP)
+        rounded = (codes.float() * scale.repeat_interleave(QUERY_GROUP, 1)[:, :dim]).view(q.shape)
+        s = scores(rounded, k_bits)
+    if seen_near is not None:
+        s = torch.where(seen_near, scores(q, 16), s)
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
+    distance = torch.arange(length - count, length)[:, None] - torch.arange(length)
+    seen = (distance >= 0) & ((distance < window) if window else True)
+    return s.masked_fill(~seen, -torch.inf).softmax(-1)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    k_bits: int,
+    v_bits: int,
+    sinks: int = 0,
+    recent: int = 0,
+    window: int = 0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """Attention of the last T of L tokens over all up to themselves.
+
+    Args:
+        q: f32[T, H, D], already scaled.
+        k, v: f32[L, H_kv, D]; H is a multiple of H_kv, neighbouring query heads share one.
+        k_bits, v_bits: how keys and values are cached (:func:`round_kv`); queries meet keys that are codes as int8.
+        sinks, recent: tokens that are seen in 16 bits where either has fewer than 8 (:func:`near`).
+        window: tokens that a token sees, itself included; 0: all.
+        softcap: of the scores; 0: none.
+
+    Returns:
+        f32[T, H, D].
+    """
+    seen_near = near(len(q), len(k), sinks, recent) if min(k_bits, v_bits) < 8 and sinks + recent else None
+    weights = attention_weights(q, k, k_bits=k_bits, seen_near=seen_near, window=window, softcap=softcap)
+
+    def summed(weights: Tensor, bits: int) -> Tensor:
+        values = round_kv(v, bits, VALUE_GROUP).repeat_interleave(q.shape[1] // v.shape[1], 1)
+        return torch.einsum("htl,lhd->thd", weights, values)
+
+    if seen_near is None:
+        return summed(weights, v_bits)
+    return summed(weights * seen_near, 16) + summed(weights * ~seen_near, v_bits)
+
+
 LOGIT_BLOCK = 256  # logits that the sampler looks at together
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from llmq.config import KVCacheConfig
 from llmq.runtime.native import NativeDecoder, Sequence, Unsupported
 
 
@@ -19,14 +20,16 @@ class NativeCache(Cache):
     ``seen`` is the mask so far and ties the two together.
 
     Attributes:
+        kv: bits of the keys and values; None: 16.
         sequences: one a row; empty until the first forward, which decides the batch.
         seen: bool[B, columns].
         offsets: i64[B] position id of a row's first token, where the caller gave positions; rotary embedding depends on
             differences only.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kv: KVCacheConfig | None = None) -> None:
         super().__init__(layers=[])
+        self.kv = kv
         self.sequences: list[Sequence] = []
         self.seen = torch.zeros(0, 0, dtype=torch.bool)
         self.offsets: Tensor | None = None
@@ -34,7 +37,7 @@ class NativeCache(Cache):
     def begin(self, decoder: NativeDecoder, rows: int) -> None:
         """Make the sequences, as long as there is no column. Raises ValueError when the batch has grown or shrunk."""
         if self.get_seq_length() == 0:
-            self.sequences = [decoder.new_sequence() for _ in range(rows)]
+            self.sequences = [decoder.new_sequence(kv=self.kv) for _ in range(rows)]
             self.seen = torch.zeros(rows, 0, dtype=torch.bool)
         if len(self.sequences) != rows:
             raise ValueError(f"the batch has {rows} rows, past_key_values holds {len(self.sequences)}")
@@ -77,8 +80,15 @@ class NativeCache(Cache):
         keep = columns + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, columns)
         if keep < 0:
             raise ValueError(f"cannot remove {-tokens_to_remove} columns from a cache of {columns}")
+        lengths = self.seen[:, :keep].sum(1).tolist()
+        for row, (sequence, length) in enumerate(zip(self.sequences, lengths, strict=True)):
+            if 0 < length < sequence.least_crop:
+                raise ValueError(
+                    f"row {row} of {sequence.length} tokens cannot be cropped to {length}: layers of a sliding window "
+                    f"hold what {sequence.least_crop} tokens or more need; start a new cache"
+                )
         self.seen = self.seen[:, :keep].clone()
-        for sequence, length in zip(self.sequences, self.seen.sum(1).tolist(), strict=True):
+        for sequence, length in zip(self.sequences, lengths, strict=True):
             sequence.crop(length)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -134,7 +144,7 @@ class NativeCache(Cache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        """No layer forgets: ``crop`` can go back to any length."""
+        """``crop`` takes guesses back in every layer; how far else, ``Sequence.least_crop`` says."""
         return [False]
 
     def __len__(self) -> int:

@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llmq import kernels
+from llmq.config import KVCacheConfig
 from llmq.runtime import generation
 from llmq.runtime.cache import NativeCache, check_positions, shown_columns
 from llmq.runtime.native import NativeDecoder, Unsupported
@@ -74,6 +75,25 @@ def _listens(module: nn.Module) -> bool:
     return any(not getattr(hook, "__module__", "").startswith("transformers.utils.") for hook in hooks)
 
 
+def set_kv_cache(model: nn.Module, kv: KVCacheConfig | str | None) -> None:
+    """Bits of the keys and values that ``generate`` and ``forward`` of ``model`` cache natively from now on.
+
+    Args:
+        kv: a configuration or its text (``"8"``, ``"k8v16"``, ``"16"``); None: what the checkpoint's
+            ``quantization_config["kv_bits"]`` says, without one 16 bits.
+
+    Raises ValueError for an unknown text.
+    """
+    model.__dict__["kv_cache_config"] = None if kv is None else KVCacheConfig.of(kv)
+
+
+def kv_config(model: Any) -> KVCacheConfig | None:
+    """What :func:`set_kv_cache` was told, else the checkpoint's default, else None."""
+    told: KVCacheConfig | None = model.__dict__.get("kv_cache_config")
+    stored = getattr(getattr(model.config, "quantization_config", None), "kv_bits", None)
+    return told if told is not None or stored is None else KVCacheConfig.of(stored)
+
+
 class NativeCausalLM:
     """The part that comes before the Hugging Face class: see :func:`adopt`."""
 
@@ -84,8 +104,18 @@ class NativeCausalLM:
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers' ``generate``, options included; in the native loop where it honours them.
 
-        Raises ValueError for an empty prompt, one longer than the context, or a token id out of range.
+        ``kv_cache``, a KVCacheConfig or its text such as ``"8"``, holds for this call; see :func:`set_kv_cache`.
+
+        Raises ValueError for an empty prompt, one longer than the context, a token id out of range, or ``kv_cache``
+        beside ``past_key_values``.
         """
+        kv = kwargs.pop("kv_cache", None)
+        if kv is not None:
+            if kwargs.get("past_key_values") is not None:
+                raise ValueError(
+                    f"kv_cache={kv!r} stands beside past_key_values, whose bits are settled; leave one out"
+                )
+            kwargs["past_key_values"] = NativeCache(KVCacheConfig.of(kv))
         prompt = kwargs.get("input_ids") if inputs is None else inputs
         if isinstance(prompt, Tensor) and prompt.numel() == 0 and kwargs.get("inputs_embeds") is None:
             raise ValueError(
@@ -102,7 +132,7 @@ class NativeCausalLM:
         if not (given or other):
             with contextlib.suppress(Unsupported):  # the loops say why
                 self._decoder()
-                model_kwargs["past_key_values"] = NativeCache()
+                model_kwargs["past_key_values"] = NativeCache(kv_config(self))
                 return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)  # type: ignore[misc]
 
@@ -192,7 +222,7 @@ def forward(model: Any, given: dict[str, Any]) -> CausalLMOutputWithPast:
         raise ValueError(f"input_ids are empty, their shape is {tuple(ids.shape)}; give at least one token")
     if cache is not None and not isinstance(cache, NativeCache):
         raise Unsupported(f"past_key_values of class {type(cache).__name__}")
-    kept = cache if cache is not None else NativeCache()
+    kept = cache if cache is not None else NativeCache(kv_config(model))
     kept.begin(decoder, ids.shape[0])
     shown = shown_columns(given.get("attention_mask"), kept.seen, *ids.shape)
     check_positions(given.get("position_ids"), shown, kept)
@@ -236,7 +266,12 @@ def native_class(base: Any) -> Any:
         try:
             out = forward(self, given)
         except Unsupported as reason:
-            say_once(f"{base.__name__}.forward: {reason}; the Hugging Face graph runs instead of the native decoder")
+            cache = given.get("past_key_values")
+            kv = cache.kv if isinstance(cache, NativeCache) else kv_config(self)
+            unused = f" and caches keys and values in 16 bits instead of {kv}" if kv else ""
+            say_once(
+                f"{base.__name__}.forward: {reason}; the Hugging Face graph runs instead of the native decoder{unused}"
+            )
             return base.forward(self, **_without_native_cache(self, given))
         return out if given.get("return_dict", getattr(self.config, "return_dict", True)) else out.to_tuple()
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import kernels
-from llmq.config import one_of
+from llmq.config import KVCacheConfig, one_of
 from llmq.models.families import FAMILIES, family_of
 from llmq.qtensor import QTensor
 from llmq.runtime.qlinear import QEmbedding, QLinear, QuantizedMatrix, TiedHead
@@ -60,8 +60,16 @@ class Sequence:
         """Bytes held."""
         return int(self._core.nbytes)
 
+    @property
+    def least_crop(self) -> int:
+        """The least length, besides 0, to crop to: layers of a sliding window forget what lies before it.
+
+        The last 32 tokens, and those of a last step of up to 256, can always be cropped.
+        """
+        return int(self._core.least_crop)
+
     def crop(self, length: int) -> None:
-        """Forget the tokens behind ``length``. Raises ValueError when there are not so many."""
+        """Forget the tokens behind ``length``: 0, or from ``least_crop`` on. Raises ValueError for others."""
         self._core.crop(length)
 
     def copy(self) -> Sequence:
@@ -75,6 +83,7 @@ class NativeDecoder:
     Attributes:
         vocab_size, hidden_size: of the model.
         max_positions: tokens of context, prompt included.
+        n_layers: decoder blocks, each with keys and values of its own.
         activation_bits: 8, or 16 for float activations and a float cache (slow, for checking).
     """
 
@@ -86,6 +95,7 @@ class NativeDecoder:
         self._packed = [_packed(m) for m in parts.modules]
         self.vocab_size, self.hidden_size = parts.vocab_size, parts.hidden_size
         self.max_positions, self.activation_bits = parts.max_positions, parts.activation_bits
+        self.n_layers = len(parts.decoder.layers)
 
     @classmethod
     def of(cls, model: nn.Module) -> NativeDecoder:
@@ -105,16 +115,24 @@ class NativeDecoder:
             _packed(m) is p for m, p in zip(self._modules, self._packed, strict=True)
         )
 
-    def new_sequence(self, *, kv_dtype: torch.dtype | None = None) -> Sequence:
+    def new_sequence(self, *, kv: KVCacheConfig | None = None, kv_dtype: torch.dtype | None = None) -> Sequence:
         """An empty sequence.
 
         Args:
-            kv_dtype: of its keys and values, float16 or float32; None: float16, with float activations float32.
+            kv: bits of its keys and values; None: 16.
+            kv_dtype: what 16 bits are, float16 or float32; None: float16, with float activations float32.
+
+        Raises ValueError when ``kv`` names other layers than there are, or bits that cannot be stored.
         """
         if kv_dtype is None:
             kv_dtype = torch.float32 if self.activation_bits == 16 else torch.float16
         one_of("kv_dtype", kv_dtype, KV_DTYPES)
-        return Sequence(self._core.new_sequence(full_floats=kv_dtype == torch.float32))
+        kv, near_bits = kv or KVCacheConfig(), 8 * kv_dtype.itemsize
+        layers = _layer_bits(kv, near_bits, self.n_layers)
+        made = self._core.new_sequence(
+            layers=layers, near_bits=near_bits, rotate=kv.rotate, sinks=kv.sinks, recent=kv.recent
+        )
+        return Sequence(made)
 
     def forward(self, tokens: ListLike[Tensor], sequences: ListLike[Sequence], *, output: str = "last") -> Tensor:
         """Append ``tokens[i]`` to ``sequences[i]`` and compute what follows.
@@ -172,6 +190,14 @@ def core() -> Any:
     if module is None:
         raise Unsupported("the kernels in use are plain torch (LLMQ_ISA=reference, or no compiled module)")
     return module
+
+
+def _layer_bits(kv: KVCacheConfig, unquantized: int, n_layers: int) -> list[tuple[int, int]]:
+    """(bits of keys, bits of values) of every layer, 16 being ``unquantized`` ones."""
+    if kv.layers and len(kv.layers) != n_layers:
+        raise ValueError(f"the KV cache's bits name {len(kv.layers)} layers; the model has {n_layers}: name each once")
+    pairs = (kv.of_layer(layer) for layer in range(n_layers))
+    return [(unquantized if k == 16 else k, unquantized if v == 16 else v) for k, v in pairs]
 
 
 def _matrix_modules(model: nn.Module) -> list[nn.Module]:

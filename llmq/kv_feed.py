@@ -1,0 +1,112 @@
+"""A window of tokens fed through a QuantizedKVCache in chunks, as a long prompt is; and the options that ask for it."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.calibration import stdlib_text
+from llmq.config import KEY_SCALES, KVCacheConfig
+from llmq.kv_budget import choose, parse_bytes
+from llmq.runtime.quantized_cache import QuantizedKVCache
+from llmq.score import CacheMemory
+
+MAX_CONTEXT = 8192  # for which a budget counts where nothing else is asked for
+PROBE_TOKENS = 1024  # on which the error of a layer is measured
+
+
+@dataclass(frozen=True)
+class KVFeed:
+    """How windows go through a quantized cache. Raises ValueError for chunk < 1.
+
+    A chunk's own tokens see one another exactly, whatever ``config.recent`` is; with a chunk of 1 the cache is used as
+    in decoding.
+    """
+
+    config: KVCacheConfig
+    chunk: int = 64
+
+    def __post_init__(self) -> None:
+        if self.chunk < 1:
+            raise ValueError(f"kv-chunk is {self.chunk}; feed at least 1 token at a time (usual: 64)")
+
+    def new_cache(self, model: Any) -> QuantizedKVCache:
+        """An empty cache for ``model``. Raises ValueError as QuantizedKVCache does."""
+        return QuantizedKVCache(self.config, model.config)
+
+    def run(self, model: Any, ids: Tensor, step: Callable[..., Tensor]) -> tuple[Tensor, CacheMemory]:
+        """(f[T, D], the cache's memory) for ids i64[T] through a new cache.
+
+        ``step(input_ids=i64[1, t], past_key_values=..., use_cache=True)`` gives f[t, D].
+        """
+        cache = self.new_cache(model)
+        parts = [step(input_ids=part[None], past_key_values=cache, use_cache=True) for part in ids.split(self.chunk)]
+        return torch.cat(parts), CacheMemory(cache.get_seq_length(), cache.nbytes, cache.nbytes_16bit)
+
+    def describe(self) -> str:
+        """The cache's protocol in words."""
+        c = self.config
+        bits = f"layers {' '.join(c.layers)}" if c.layers else f"keys {c.k_bits} bits, values {c.v_bits} bits"
+        turned = "heads rotated" if c.rotate else "no rotation"
+        keys = f"keys below 8 bits have scales by {c.key_scales}; {turned}"
+        kept = f"{c.sinks} sinks and, below 8 bits, {c.recent} recent tokens in 16 bits"
+        return f"KV cache: {bits}; {keys}; {kept}; fed {self.chunk} tokens at a time"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of :func:`from_args`."""
+    defaults = KVCacheConfig()
+    group = parser.add_argument_group("KV cache", "score through a quantized KV cache, in the Hugging Face graph")
+    group.add_argument("--kv-bits", metavar="8|4|k8v4|...", help="bits of keys and values (default: no cache)")
+    group.add_argument("--kv-chunk", type=int, default=64, metavar="N", help="tokens fed at a time (default 64)")
+    text = f"scales of keys below 8 bits (default {defaults.key_scales})"
+    group.add_argument("--kv-key-scales", choices=KEY_SCALES, default=defaults.key_scales, help=text)
+    text = "rotate keys with scales by token, and values below 8 bits (default)"
+    group.add_argument("--kv-rotate", action=argparse.BooleanOptionalAction, default=defaults.rotate, help=text)
+    text = f"first tokens in 16 bits (default {defaults.sinks})"
+    group.add_argument("--kv-sinks", type=int, default=defaults.sinks, metavar="N", help=text)
+    text = f"last tokens in 16 bits, where the rest has fewer than 8 (default {defaults.recent})"
+    group.add_argument("--kv-recent", type=int, default=defaults.recent, metavar="N", help=text)
+    text = "instead of --kv-bits: bits for each layer, so that the cache of --kv-context tokens takes at most this"
+    group.add_argument("--kv-budget", metavar="200M", help=text)
+    text = f"tokens (default: the model's context, at most {MAX_CONTEXT})"
+    group.add_argument("--kv-context", type=int, metavar="N", help=text)
+
+
+def parse(text: str, args: argparse.Namespace) -> KVFeed:
+    """The feed for bits ``text`` with the other options of ``args``. Raises ValueError for values out of range."""
+    config = KVCacheConfig.parse(text)
+    tokens = {"sinks": args.kv_sinks, "recent": args.kv_recent}
+    config = replace(config, key_scales=args.kv_key_scales, rotate=args.kv_rotate, **tokens)
+    return KVFeed(config, args.kv_chunk)
+
+
+def from_args(args: argparse.Namespace) -> KVFeed | None:
+    """The feed that ``args`` ask for; with --kv-budget its bits are still to be chosen; None without either."""
+    if args.kv_budget is None:
+        return None if args.kv_bits is None else parse(args.kv_bits, args)
+    if args.kv_bits is not None:
+        raise ValueError(f"--kv-bits {args.kv_bits} and --kv-budget {args.kv_budget} exclude each other; give one")
+    parse_bytes(args.kv_budget)
+    if args.kv_context is not None and args.kv_context < 1:
+        raise ValueError(f"kv-context is {args.kv_context}; it counts tokens: at least 1")
+    return parse("2", args)
+
+
+def within_budget(kv: KVFeed, args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[KVFeed, str]:
+    """(``kv`` with the bits that --kv-budget allows each layer, the table of them), measured on Python's documentation.
+
+    Raises ValueError naming the sizes if not even 2 bits fit.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_CONTEXT
+    text = "\n\n".join(itertools.islice(stdlib_text.texts(), 40))
+    ids = tokenizer(text, verbose=False)["input_ids"][: min(PROBE_TOKENS, limit)]
+    context = args.kv_context or min(limit, MAX_CONTEXT)
+    choice = choose(model, torch.tensor(ids), parse_bytes(args.kv_budget), context, kv.config)
+    return replace(kv, config=choice.config), choice.table()
