@@ -1,7 +1,7 @@
 """The compiled extension under sanitizers, with the tests that use it. Slow: two builds at -O1.
 
-In, under address and undefined-behaviour: every kernel, on the best ISA and the scalar one, the packed weights, and the
-sampler. In, under thread: the tests that run several threads. Not in: tests that only start other Python processes, and
+In, under address and undefined-behaviour: every kernel, on the best ISA and the scalar one, the packed weights, the
+sampler, the decoder and its cache, and generation. In, under thread: the tests that run several threads. Not in: tests that only start other Python processes, and
 leaks (the interpreter and torch keep memory until the end). Needs cmake, pybind11, GCC and its sanitizer runtimes.
 """
 
@@ -108,6 +108,7 @@ THREADED = "several_threads or any_number_of_threads or shared_out_to_threads or
     ("sanitizers", "isa", "files", "select"),
     [
         ("address,undefined", "", ("kernels", "kernels_packing", "sampler", "packed_cache"), ""),
+        ("address,undefined", "", ("kernels_attend", "native", "kv_cache", "generation"), ""),
         ("address,undefined", "scalar", ("kernels",), ""),
         ("thread", "", ("native", "generation"), THREADED),
     ],
@@ -117,10 +118,9 @@ def test_the_suite_is_clean_under(
 ) -> None:
     module = core(sanitizers)
     tests = [ROOT / "tests" / f"test_{name}.py" for name in files]
-    # The module in use is the one that was built: asserted in the child, after llmq has imported it.
-    code = RUN_WITH_CORE.replace(
-        "raise SystemExit",
-        "import llmq.kernels\nassert llmq.kernels._core.__file__ == sys.argv[1], llmq.kernels._core\nraise SystemExit",
+    # The module in use is the one that was built: asserted in the child, after the tests (pytest must be imported first).
+    code = RUN_WITH_CORE.replace("raise SystemExit(", "code = (") + (
+        "\nfrom llmq import kernels\nassert kernels.compiled() is core\nsys.exit(code)"
     )
     options = ("-q", "-s", "-p", "no:cacheprovider", "-m", "not slow", "-k", select)
     env = {"LLMQ_ISA": isa} if isa else {}
