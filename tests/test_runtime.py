@@ -2,6 +2,7 @@ import copy
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -230,3 +231,16 @@ def test_activation_bits_need_quantized_linears(folder):
         set_activation_bits(AutoModelForCausalLM.from_pretrained(folder), 4)
     with pytest.raises(ValueError, match="a Linear without quantized linears has no activation bits"):
         set_activation_bits(torch.nn.Linear(2, 2), 8)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+@pytest.mark.parametrize("head_bits", [16, 8])
+def test_a_loaded_model_keeps_no_shard_mapped(tiny_model, tmp_path, head_bits):
+    """A norm of a few hundred bytes, left where the file is mapped, would keep all of the file's pages in memory."""
+    folder = quantize_model(
+        tiny_model("gemma3"), QuantScheme(4, 32), method="rtn", head_bits=head_bits, output=tmp_path / "out"
+    ).folder
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    assert [line for line in mapped if line.endswith(".safetensors")] == []
+    assert model.get_output_embeddings() is not None

@@ -1,8 +1,9 @@
 """The compiled extension under sanitizers, with the tests that use it. Slow: two builds at -O1.
 
 In, under address and undefined-behaviour: every kernel, on the best ISA and the scalar one, the packed weights, the
-sampler, the decoder and its cache, and generation. In, under thread: the tests that run several threads. Not in: tests that only start other Python processes, and
-leaks (the interpreter and torch keep memory until the end). Needs cmake, pybind11, GCC and its sanitizer runtimes.
+sampler, the decoder and its cache, and generation. In, under thread: the tests that run several threads. Not in: tests
+that only start other Python processes, and leaks (the interpreter and torch keep memory until the end). Needs cmake,
+pybind11, GCC and its sanitizer runtimes.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def test_the_suite_is_clean_under(
 ) -> None:
     module = core(sanitizers)
     tests = [ROOT / "tests" / f"test_{name}.py" for name in files]
-    # The module in use is the one that was built: asserted in the child, after the tests (pytest must be imported first).
+    # The module in use is the one that was built: asserted in the child, after the tests (pytest comes first).
     code = RUN_WITH_CORE.replace("raise SystemExit(", "code = (") + (
         "\nfrom llmq import kernels\nassert kernels.compiled() is core\nsys.exit(code)"
     )

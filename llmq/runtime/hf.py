@@ -110,7 +110,15 @@ class LlmqQuantizer(HfQuantizer):
                 module.reset_output_scale(dtype)
         if self._files and not self._packed:
             packed_cache.save(self._files, matrices)
+        _let_go_of_files(model)
         return adopt(model)
+
+
+def _let_go_of_files(model: nn.Module) -> None:
+    """Copy the vectors, which may lie in mapped files: a norm must not keep a whole shard in memory."""
+    for p in model.parameters():
+        if p.dim() < 2:
+            p.data = p.data.clone()
 
 
 def _matrices(model: nn.Module) -> dict[str, QuantizedMatrix]:
