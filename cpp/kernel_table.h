@@ -87,10 +87,12 @@ struct KvRows {
   std::int64_t dim, padded;
   std::int64_t group;  // columns that share a scale
 
-  std::int64_t page_tokens() const { return std::int64_t{1} << page_shift; }
-  std::int64_t slot(std::int64_t token) const { return token & (page_tokens() - 1); }  // of a token in its page
-  std::int64_t groups() const { return (dim + group - 1) / group; }
-  std::int64_t blocks() const { return (dim + kBlockColumns - 1) / kBlockColumns; }
+  // Inlined always: an ISA's object must not hold a copy that the linker could hand to another.
+  [[gnu::always_inline]] std::int64_t page_tokens() const { return std::int64_t{1} << page_shift; }
+  // Of a token in its page.
+  [[gnu::always_inline]] std::int64_t slot(std::int64_t token) const { return token & (page_tokens() - 1); }
+  [[gnu::always_inline]] std::int64_t groups() const { return (dim + group - 1) / group; }
+  [[gnu::always_inline]] std::int64_t blocks() const { return (dim + kBlockColumns - 1) / kBlockColumns; }
 };
 
 // out[block][row][16] = q_row . key of the tokens of each block of kKeyTokens, whether the row sees them or not.
