@@ -172,12 +172,7 @@ def _run(
         job.plan,
         job.rows,
         **named,
-        options={
-            "scheme": str(job.scheme),
-            **asdict(job.options),
-            "calib": asdict(job.calib),
-            "divergence": job.divergence,
-        },
+        options={"scheme": str(job.scheme), **asdict(job.options), "calib": asdict(job.calib)},
         calibration=texts.provenance() if texts is not None else None,
         folds=job.folds,
         seconds=seconds,
