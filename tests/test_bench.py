@@ -67,6 +67,16 @@ def test_llama_bench_is_asked_and_read(tmp_path: Path, usage: str, depth: float)
         assert ("-mmp" in asked, "--load-mode" in asked) == ("-mmp" in usage, "--load-mode" in usage)
 
 
+def test_a_row_of_llama_cpp_with_few_bits_of_cache_asks_for_them(tmp_path: Path) -> None:
+    program, log = fake_program(tmp_path, "-d, --n-depth <n>")
+    rows = engines.select(["llama.cpp-q4_0", "llama.cpp-q4_0-kv8"], (program,))
+    for row in rows.values():
+        drivers.measure(row, tmp_path / "x.gguf", Plan(prefill=(8,), depths=()), threads=1)
+    asked = [json.loads(line) for line in log.read_text().splitlines()]
+    given = [[line[line.index(flag) + 1] if flag in line else None for flag in ("-ctk", "-ctv")] for line in asked]
+    assert given == 2 * [[None, None]] + 2 * [["q8_0", "q8_0"]]
+
+
 def test_a_program_that_fails_says_so(tmp_path: Path) -> None:
     path = tmp_path / "llama-bench"
     path.write_text("#!/bin/sh\necho unknown model architecture >&2\nexit 3\n")
@@ -90,7 +100,8 @@ def test_programs_take_names_and_options(tmp_path: Path) -> None:
     assert [(p.name, p.options) for p in programs] == [("llama.cpp", ()), ("ik", ("-rtr", "1"))]
     chosen = engines.select(["llmq-w8", "llama.cpp-q4_0"], programs)
     assert list(chosen) == ["llmq-w8", "llama.cpp-q4_0", "ik-q4_0"]
-    assert {engines.file_name(name, programs) for name in ("llama.cpp-q4_0", "ik-q4_0")} == {"llama.cpp-q4_0"}
+    assert {engines.file_name(name, "", programs) for name in ("llama.cpp-q4_0", "ik-q4_0")} == {"llama.cpp-q4_0"}
+    assert engines.file_name("ik-q4_0-kv8", "8", programs) == "llama.cpp-q4_0"
     with pytest.raises(ValueError, match="two --llama-bench programs are called llama.cpp"):
         engines.select(["llama.cpp-q4_0"], command.programs_of(f"{first.path},{first.path}"))
     with pytest.raises(FileNotFoundError, match="no/such is no program"):
@@ -218,6 +229,16 @@ def test_table_shows_medians_paired_ratios_and_what_is_absent() -> None:
     assert "stolen" not in text
 
 
+def test_a_small_cache_lifts_the_roof_and_its_bytes_are_shown() -> None:
+    record = a_record()
+    record["engines"]["a"] = record["engines"]["a"] | {"kv": "k8v4"}
+    bytes_read = small_work().decode_bytes(500, 4, kv_bits=6)
+    assert report.roof(record, "a", "decode 0", 2) == pytest.approx(1e6 / bytes_read)
+    assert "keys and values, MB" not in report.table(record)
+    record["runs"][0]["cache_bytes"] = {"decode 0": 1_234_567}
+    assert "1.23" in report.table(record).split("keys and values, MB")[1].splitlines()[2]
+
+
 def test_table_of_a_run_that_was_stopped() -> None:
     record = a_record()
     record["runs"] = record["runs"][:1]
@@ -328,6 +349,18 @@ def test_the_command_measures_a_quantized_model_beside_its_source(
     assert record["engines"]["llmq-w4-h4"]["notes"] == []  # nothing fell back to another loop
     assert record["engines"]["torch-fp32"]["version"].startswith("Hugging Face graph")
     assert "times llmq-w4-h4" in capsys.readouterr().out
+
+
+def test_rows_that_differ_in_the_cache_share_a_file_and_tell_its_bytes(tiny_model: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    argv = ["--model", str(tiny_model("llama")), "--engines", "llmq-w4-h8,llmq-w4-h8-kv8", "--prefill", ""]
+    argv += ["--context", "100", "--new-tokens", "3", "--rounds", "1", "--threads", "1"]
+    assert command.main([*argv, "--cache", str(tmp_path), "--json", str(out)]) == 0
+    assert len(list(tmp_path.glob("*/llmq-*"))) == 1
+    full, eight = (r["cache_bytes"]["decode 100"] for r in json.loads(out.read_text())["runs"])
+    # 2 layers, 2 heads, 2 pages of 64 tokens; rows of 12 columns of 16 bits, the values' filled up to 16 columns.
+    assert full == 2 * 2 * 128 * (12 + 16) * 2
+    assert eight < full
 
 
 def test_streamer_counts_the_tokens_generate_gives(tiny_model: Tiny) -> None:

@@ -177,7 +177,7 @@ def files_of(record: Record, engines: dict[str, Engine], source: Source) -> dict
     for name, row in engines.items():
         path = source.folder
         if row.make is not None:
-            file = file_name(name, source.programs).removeprefix("llama.cpp-") + (row.suffix or "")
+            file = file_name(name, row.kv, source.programs).removeprefix("llama.cpp-") + (row.suffix or "")
             try:
                 path = made(source, file, row.make, to_stderr)
             except ToolFailed as error:
@@ -186,7 +186,9 @@ def files_of(record: Record, engines: dict[str, Engine], source: Source) -> dict
                 continue
         paths[name] = path
         foot: Footprint = footprint(path, work, stored_bits=row.stored_bits)
-        record["engines"][name] = {"about": row.about, "footprint": asdict(foot), "version": "", "notes": []}
+        record["engines"][name] = {
+            "about": row.about, "footprint": asdict(foot), "kv": row.kv, "version": "", "notes": []
+        }  # fmt: skip
     return paths
 
 

@@ -69,6 +69,7 @@ class Result:
         start_bytes: resident memory before the model was loaded (Python, torch); 0 for a program.
         cpu_seconds: of the process.
         version: of the engine.
+        cache_bytes: decode -> bytes of keys and values after it, where the engine tells them.
     """
 
     speeds: dict[str, list[float]]
@@ -77,6 +78,7 @@ class Result:
     start_bytes: int
     cpu_seconds: float
     version: str = ""
+    cache_bytes: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -149,6 +151,9 @@ def run_llama_bench(engine: Engine, path: Path, plan: Plan, threads: int) -> Res
     usage = _usage(program.path)
     base = [str(program.path), "-m", str(path), "-t", str(threads), "-fa", "1", "-o", "json"]
     base += [*_no_mmap(usage), *program.options]
+    if "cache_type" in engine.options:
+        kind = str(engine.options["cache_type"])
+        base += ["-ctk", kind, "-ctv", kind]
     runs = [run_process([*base, "-p", "1", "-n", "0", "-r", "1"], threads)]
     load, rows = runs[0].seconds, _rows(runs[0])
     repeat = ["-r", str(plan.repeats)]

@@ -75,6 +75,7 @@ class Engine:
         options: for the driver.
         stored_bits: bits of a weight in memory where the file's are other ones.
         module: Python module it needs, or None; ``install`` says how to get it.
+        kv: bits of keys and values as ``llmq.KVCacheConfig.parse`` reads them; "": the engine's own 16 (OpenVINO: 8).
         program: the llama-bench that runs it.
     """
 
@@ -86,6 +87,7 @@ class Engine:
     stored_bits: int | None = None
     module: str | None = None
     install: str = ""
+    kv: str = ""
     program: Program | None = None
 
     def missing(self) -> str | None:
@@ -102,14 +104,19 @@ def _installed(module: str) -> bool:
         return False
 
 
-def _llmq(scheme: str, head_bits: int) -> Engine:
+def _llmq(scheme: str, head_bits: int, kv: str = "") -> Engine:
     """Round-to-nearest: the solver does not matter for speed."""
 
     def make(source: Source, path: Path, log: Log) -> None:
         log(f"quantizing to {scheme}, head {head_bits}")
         quantize_model(source.folder, QuantScheme.parse(scheme), method="rtn", head_bits=head_bits, output=path)
 
-    return Engine("transformers", f"llmq {scheme}, head {head_bits}", make)
+    about = f"llmq {scheme}, head {head_bits}" + _cache_words(kv)
+    return Engine("transformers", about, make, options={"kv_cache": kv} if kv else {}, kv=kv)
+
+
+def _cache_words(kv: str) -> str:
+    return f", cache {kv}" if kv else ""
 
 
 def _torch(dtype: str, bits: int) -> Engine:
@@ -117,15 +124,22 @@ def _torch(dtype: str, bits: int) -> Engine:
     return Engine("transformers", f"torch {dtype}", None, None, options, stored_bits=bits)
 
 
-def _llama(quantization: str, *options: str) -> Engine:
+# The types of llama.cpp's cache, by the bits of a row.
+LLAMA_CACHE = {"8": "q8_0", "4": "q4_0"}
+
+
+def _llama(quantization: str, *options: str, kv: str = "") -> Engine:
     def make(source: Source, path: Path, log: Log) -> None:
         full = made(source, "f16.gguf", _export, log)
         log(f"writing the GGUF in {' '.join((quantization, *options))}")
         quantize_gguf(source, full, path, quantization, options)
 
     make_file = _export if quantization == "F16" else make
-    about = " ".join(("llama.cpp", quantization, *(("head 4",) if options else ())))
-    return Engine("llama-cpp-python", about, make_file, ".gguf", module="llama_cpp", install=INSTALL_LLAMA)
+    about = " ".join(("llama.cpp", quantization, *(("head 4",) if options else ()))) + _cache_words(kv)
+    types: dict[str, object] = {"cache_type": LLAMA_CACHE[kv]} if kv else {}
+    return Engine(
+        "llama-cpp-python", about, make_file, ".gguf", types, module="llama_cpp", install=INSTALL_LLAMA, kv=kv
+    )
 
 
 def _export(source: Source, path: Path, log: Log) -> None:
@@ -154,10 +168,13 @@ ENGINES: dict[str, Engine] = {
     "llmq-w4-h8": _llmq("w4g128", 8),
     "llmq-w4g32-h4": _llmq("w4g32sym", 4),
     "llmq-w8": _llmq("w8g128", 8),
+    "llmq-w4-h8-kv8": _llmq("w4g128", 8, kv="8"),
+    "llmq-w4-h8-kv4": _llmq("w4g128", 8, kv="4"),
     "llama.cpp-q4_0": _llama("Q4_0"),
     "llama.cpp-q4_0-h4": _llama("Q4_0", "--output-tensor-type", "q4_0", "--token-embedding-type", "q4_0"),
     "llama.cpp-q4_k_m": _llama("Q4_K_M"),
     "llama.cpp-q8_0": _llama("Q8_0"),
+    "llama.cpp-q4_0-kv8": _llama("Q4_0", kv="8"),
     "llama.cpp-f16": _llama("F16"),
     "onnx-genai-int4": _peer(
         "onnx-genai",
@@ -194,12 +211,15 @@ def select(names: list[str], programs: tuple[Program, ...]) -> dict[str, Engine]
             about = row.about.replace("llama.cpp", program.name)
             if label in chosen:
                 raise ValueError(f"two --llama-bench programs are called {program.name}; name them: NAME=PATH")
-            chosen[label] = Engine("llama-bench", about, row.make, row.suffix, program=program)
+            chosen[label] = Engine(
+                "llama-bench", about, row.make, row.suffix, options=row.options, kv=row.kv, program=program
+            )
     return chosen
 
 
-def file_name(name: str, programs: tuple[Program, ...]) -> str:
-    """The file of an engine: forks of llama.cpp share theirs."""
+def file_name(name: str, kv: str, programs: tuple[Program, ...]) -> str:
+    """The file of an engine: forks of llama.cpp share theirs, and rows that differ in the cache's bits ``kv``."""
+    name = name.removesuffix(f"-kv{kv}")
     for program in programs:
         if name.startswith(program.name + "-"):
             return "llama.cpp" + name[len(program.name) :]

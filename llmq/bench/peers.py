@@ -20,6 +20,8 @@ def _json(path: str) -> Any:
 class OnnxGenai:
     """A folder of ONNX Runtime GenAI's builder. A prompt is fed and one token chosen, then one token a step."""
 
+    cache_bytes = 0
+
     def __init__(self, path: str, threads: int) -> None:
         import onnxruntime_genai
 
@@ -69,6 +71,8 @@ class OnnxGenai:
 
 class OpenVino:
     """A folder of ``optimum-cli export openvino`` in ``openvino_genai.LLMPipeline``."""
+
+    cache_bytes = 0
 
     def __init__(self, path: str, threads: int) -> None:
         import openvino

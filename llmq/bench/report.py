@@ -9,6 +9,7 @@ from typing import Any
 
 from llmq.bench.drivers import BATCH_PROMPT
 from llmq.bench.roofline import Work
+from llmq.config import KVCacheConfig
 
 Record = dict[str, Any]
 # A run during which others took more than this share of the machine's CPU time is pointed out.
@@ -55,11 +56,17 @@ def roof(record: Record, engine: str, key: str, threads: int) -> float | None:
         tokens = int(n)
         seconds = [weights / _known(machine, "stream"), work.prefill_operations(tokens) / _known(machine, "int8")]
     else:
-        nbytes = work.decode_bytes(weights, position, batch=tokens)
+        nbytes = work.decode_bytes(weights, position, batch=tokens, kv_bits=_kv_bits(record["engines"][engine]))
         operations = tokens * work.decode_operations(position)
         seconds = [nbytes / _known(machine, "stream"), operations / _known(machine, "int8")]
     known = [s for s in seconds if s > 0]
     return tokens / max(known) if known else None
+
+
+def _kv_bits(engine: Record) -> float:
+    """Mean bits of a cached number; without the scales, so that the roof is a little too high."""
+    kv = KVCacheConfig.parse(engine.get("kv") or "16")
+    return (kv.k_bits + kv.v_bits) / 2
 
 
 def _known(machine: Record, name: str) -> float:
@@ -74,7 +81,7 @@ def table(record: Record) -> str:
     for threads in record["threads"]:
         parts += [f"Threads: {threads}", _speed_table(record, threads), _ratio_table(record, threads)]
         parts += [_roof_table(record, threads)]
-    parts += [_cost_table(record), _notes(record)]
+    parts += [_cost_table(record), _cache_table(record), _notes(record)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -153,6 +160,19 @@ def _cost_table(record: Record) -> str:
         rows.append([name, bits, f"{foot['nbytes'] / 1e6:.0f}", f"{load:.2f}", f"{peak:.0f}", f"{start:.0f}"])
     header = ["", "bits a weight, blocks / head", "MB of weights a token", "load, s", "peak memory, MB"]
     return _grid([*header, "of it before loading"], rows)
+
+
+def _cache_table(record: Record) -> str:
+    """Keys and values after each decoding, for the engines that tell."""
+    rows = []
+    keys = [key for key in _keys(record) if key.startswith("decode")]
+    for name in record["engines"]:
+        told: Record = {}
+        for r in record["runs"]:
+            told |= r.get("cache_bytes", {}) if r["engine"] == name else {}
+        if told:
+            rows.append([name, *(f"{told[key] / 1e6:.2f}" if key in told else "–" for key in keys)])
+    return _grid(["keys and values, MB", *keys], rows)
 
 
 def _notes(record: Record) -> str:

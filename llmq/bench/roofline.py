@@ -61,7 +61,7 @@ class Work:
         """Positions that a token at ``position`` attends to, summed over the layers."""
         return sum(min(position, window) if window else position for window in self.windows)
 
-    def decode_bytes(self, weight_bytes: float, position: float, *, batch: int = 1, kv_bits: int = 16) -> float:
+    def decode_bytes(self, weight_bytes: float, position: float, *, batch: int = 1, kv_bits: float = 16) -> float:
         """Bytes read for one step of ``batch`` sequences at ``position``: the weights once, each sequence's cache."""
         cache = 2 * self._seen(position) * self.n_kv_heads * self.head_dim * kv_bits / 8
         return weight_bytes + batch * cache

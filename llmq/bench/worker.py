@@ -24,6 +24,7 @@ class Session(Protocol):
     """A loaded model."""
 
     version: str
+    cache_bytes: int  # of keys and values after the last measurement; 0: not known
     notes: list[str]  # what a reader must know, such as that something fell back to a slower way
 
     def prefill(self, tokens: int) -> float:
@@ -36,7 +37,7 @@ class Session(Protocol):
 class Transformers:
     """Any folder that ``AutoModelForCausalLM.from_pretrained`` opens, an llmq checkpoint or not."""
 
-    def __init__(self, path: str, threads: int, dtype: str | None = None) -> None:
+    def __init__(self, path: str, threads: int, dtype: str | None = None, kv_cache: str = "") -> None:
         import torch
 
         import llmq
@@ -49,9 +50,12 @@ class Transformers:
         torch.set_num_threads(threads)
         kernels.set_num_threads(threads)
         options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+        self.cache_bytes = 0
         self.model: Any = llmq.AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **options).eval()
         self.model.generation_config.eos_token_id = None  # nothing ends before its length
         self.model.generation_config.pad_token_id = 0
+        if kv_cache:
+            llmq.set_kv_cache(self.model, kv_cache)
         self.version = f"Hugging Face graph, torch {torch.__version__}"
         if isinstance(self.model, NativeCausalLM):
             try:
@@ -69,8 +73,10 @@ class Transformers:
         streamer = Clock() if batch == 1 else None
         options = {"max_new_tokens": new_tokens, "do_sample": False, "attention_mask": torch.ones_like(ids)}
         start = time.perf_counter()
-        out = self.model.generate(ids, streamer=streamer, **options)
+        done = self.model.generate(ids, streamer=streamer, return_dict_in_generate=True, **options)
         end = time.perf_counter()
+        out = done.sequences
+        self.cache_bytes = int(getattr(done.past_key_values, "nbytes", 0))
         if out.shape[1] != prompt + new_tokens:
             raise RuntimeError(f"generate gave {out.shape[1] - prompt} tokens, {new_tokens} were asked for")
         return [start, *streamer.times] if streamer else [start, end]
@@ -121,13 +127,16 @@ class Clock:
 class LlamaCpp:
     """The ``llama_cpp`` package through its C interface, as llama-bench does it: no sampling, flash attention."""
 
-    def __init__(self, path: str, threads: int) -> None:
+    cache_bytes = 0
+
+    def __init__(self, path: str, threads: int, cache_type: str = "f16") -> None:
         import ctypes
 
         import llama_cpp
 
         self.c: Any = llama_cpp
         self.threads = threads
+        self.cache_type = getattr(llama_cpp, f"GGML_TYPE_{cache_type.upper()}")
         self._silent = llama_cpp.llama_log_callback(lambda *_: None)
         llama_cpp.llama_log_set(self._silent, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
@@ -146,6 +155,7 @@ class LlamaCpp:
         parameters.n_batch, parameters.n_ubatch = 2048, 512
         parameters.n_seq_max = sequences
         parameters.n_threads = parameters.n_threads_batch = self.threads
+        parameters.type_k = parameters.type_v = self.cache_type
         parameters.flash_attn_type = self.c.LLAMA_FLASH_ATTN_TYPE_ENABLED
         context = self.c.llama_init_from_model(self.model, parameters)
         if not context:
@@ -213,15 +223,18 @@ def run(order: dict[str, Any]) -> dict[str, Any]:
     session.prefill(WARM_UP)
     session.decode(WARM_UP, 4, 1)
     speeds: dict[str, list[float]] = {}
+    cache_bytes: dict[str, int] = {}
     for tokens in plan["prefill"]:
         session.prefill(tokens)
         speeds[f"prefill {tokens}"] = [tokens / session.prefill(tokens) for _ in range(plan["repeats"])]
     new = plan["new_tokens"]
     for depth in plan["depths"]:
         speeds[f"decode {depth}"] = [1 / session.decode(depth, new, 1) for _ in range(plan["repeats"])]
+        if session.cache_bytes:
+            cache_bytes[f"decode {depth}"] = session.cache_bytes
     for batch in plan["batches"]:
         speeds[f"batch {batch}"] = [batch / session.decode(BATCH_PROMPT, new, batch) for _ in range(plan["repeats"])]
-    said = {"version": session.version, "notes": session.notes}
+    said = {"version": session.version, "notes": session.notes, "cache_bytes": cache_bytes}
     return {"speeds": speeds, "load_seconds": load_seconds, "start_bytes": start_bytes, **said}
 
 
