@@ -33,6 +33,10 @@ class Objective:
     S: Tensor
     R: Tensor
 
+    def of_rows(self, n: slice) -> Objective:
+        """The same for some rows only."""
+        return Objective(self.W[n], self.S, self.R[n])
+
     @cached_property
     def pull(self) -> Tensor:
         """W S + R, f32[N, K]: ``loss = tr(W^ S W^T) - 2 <W^, pull>`` up to a constant."""

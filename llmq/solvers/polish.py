@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmq.config import QuantScheme
-from llmq.parallel import one_thread
+from llmq.parallel import rows_side_by_side
 from llmq.qtensor import MAX_SCALE, expand_groups, round_to_grid, storable_scale
 from llmq.solvers.objective import Objective
 
@@ -96,6 +96,14 @@ def descend(
     Returns:
         codes f32[N, K].
     """
+    return rows_side_by_side(
+        lambda n: _descend_rows(codes[n], scale[n], zero[n], objective.of_rows(n), scheme, sweeps), len(codes)
+    )
+
+
+def _descend_rows(
+    codes: Tensor, scale: Tensor, zero: Tensor, objective: Objective, scheme: QuantScheme, sweeps: int
+) -> Tensor:
     K = codes.shape[1]
     S = objective.S
     Q = codes.T.contiguous()
@@ -115,12 +123,11 @@ def _descend_panel(
 ) -> Tensor:
     """Move the columns ``start ..`` of a panel in turn, in place; returns their changes f32[panel, N]."""
     delta = torch.empty_like(R)
-    with one_thread():
-        for j in range(R.shape[0]):
-            at = start + j
-            q = round_to_grid(What[at] + R[j] / S[j, j], St[at], Zt[at], levels)
-            w = (q - Zt[at]) * St[at]
-            torch.sub(w, What[at], out=delta[j])
-            Q[at], What[at] = q, w
-            R[j + 1 :].addr_(S[j + 1 :, j], delta[j], alpha=-1)
+    for j in range(R.shape[0]):
+        at = start + j
+        q = round_to_grid(What[at] + R[j] / S[j, j], St[at], Zt[at], levels)
+        w = (q - Zt[at]) * St[at]
+        torch.sub(w, What[at], out=delta[j])
+        Q[at], What[at] = q, w
+        R[j + 1 :].addr_(S[j + 1 :, j], delta[j], alpha=-1)
     return delta
