@@ -14,6 +14,7 @@ from llmq.config import (
     KVCacheConfig,
     QuantScheme,
     RecipeConfig,
+    RuntimeConfig,
 )
 from llmq.pipeline import QuantizationResult, quantize_model
 from llmq.qtensor import QTensor
@@ -39,6 +40,7 @@ __all__ = [
     "QuantScheme",
     "QuantizationResult",
     "RecipeConfig",
+    "RuntimeConfig",
     "QuantizedKVCache",
     "quantize_model",
     "set_activation_bits",
