@@ -20,6 +20,7 @@ from llmq.pipeline import QuantizationResult, quantize_model
 from llmq.qtensor import QTensor
 from llmq.runtime.causal_lm import set_kv_cache
 from llmq.runtime.hf import register as _register
+from llmq.runtime.prompt_cache import load_prompt_cache, save_prompt_cache
 from llmq.runtime.qlinear import QEmbedding, QLinear, set_activation_bits
 from llmq.runtime.quantized_cache import QuantizedKVCache
 
@@ -42,7 +43,9 @@ __all__ = [
     "RecipeConfig",
     "RuntimeConfig",
     "QuantizedKVCache",
+    "load_prompt_cache",
     "quantize_model",
+    "save_prompt_cache",
     "set_activation_bits",
     "set_kv_cache",
 ]
