@@ -147,6 +147,76 @@ void attend(Address q, Address k, Address v, std::int64_t count, std::int64_t le
   }
 }
 
+using HeldPages = std::tuple<std::vector<std::int64_t>, std::int64_t, std::int64_t, std::int64_t>;
+
+std::vector<HeldPages> held_pages(const Sequence& sequence) {
+  std::vector<HeldPages> all;
+  for (const KvPages* part : sequence.pages()) {
+    KvPages::Held held = part->held_pages();
+    all.emplace_back(std::move(held.numbers), held.first, held.begin, part->page_bytes());
+  }
+  return all;
+}
+
+void read_pages(const Sequence& sequence, const std::vector<Address>& out) {
+  const py::gil_scoped_release unlocked;
+  const auto held = sequence.lock();
+  const std::vector<const KvPages*> parts = sequence.pages();
+  for (std::size_t i = 0; i < parts.size(); ++i) parts[i]->read(at<std::byte>(out.at(i)));
+}
+
+// Throws std::invalid_argument where the pages have another size or number than the sequence's.
+void restore(Sequence& sequence, std::int64_t length, const std::vector<HeldPages>& pages,
+             const std::vector<Address>& data) {
+  const py::gil_scoped_release unlocked;
+  const auto busy = sequence.lock();
+  const std::vector<const KvPages*> parts = sequence.pages();
+  if (pages.size() != parts.size() || data.size() != parts.size()) {
+    throw std::invalid_argument("pages of " + std::to_string(pages.size()) + " parts are given; the sequence has " +
+                                std::to_string(parts.size()));
+  }
+  std::vector<KvPages::Held> held;
+  std::vector<const std::byte*> bytes;
+  for (std::size_t i = 0; i < parts.size(); ++i) {
+    const auto& [numbers, first, begin, page_bytes] = pages[i];
+    if (page_bytes != parts[i]->page_bytes()) {
+      throw std::invalid_argument("pages of part " + std::to_string(i) + " have " + std::to_string(page_bytes) +
+                                  " bytes; the sequence's have " + std::to_string(parts[i]->page_bytes()));
+    }
+    held.push_back({numbers, first, begin});
+    bytes.push_back(at<const std::byte>(data[i]));
+  }
+  sequence.restore(length, held, bytes);
+}
+
+void bind_sequence(py::module_& m) {
+  m.attr("KV_LAYOUT_VERSION") = kKvLayoutVersion;
+  m.def("shared_bytes", &shared_bytes, "sequences"_a, "bytes held by sequences together; a shared page counts once");
+  // What changes a sequence takes its lock, so that no step runs meanwhile.
+  py::class_<Sequence>(m, "Sequence", "Keys and values of one sequence.")
+      .def_property_readonly("length", &Sequence::length)
+      .def_property_readonly("nbytes", [](const Sequence& s) { return s.bytes(); })
+      .def_property_readonly("least_crop", &Sequence::least_crop)
+      .def(
+          "crop",
+          [](Sequence& s, std::int64_t length) {
+            const auto held = s.lock();
+            s.crop(length);
+          },
+          "length"_a)
+      .def(
+          "skip",
+          [](Sequence& s, std::int64_t count) {
+            const auto held = s.lock();
+            s.skip(count);
+          },
+          "count"_a)
+      .def("copy", [](const Sequence& s) { return std::make_unique<Sequence>(s); })
+      .def("held_pages", &held_pages, "for each part: numbers of pages, first, begin, bytes of a page")
+      .def("read_pages", &read_pages, "out"_a, "an address for each part")
+      .def("restore", &restore, py::kw_only(), "length"_a, "pages"_a, "data"_a);
+}
+
 }  // namespace
 
 void bind_decoder(py::module_& m) {
@@ -154,12 +224,7 @@ void bind_decoder(py::module_& m) {
         "head_dim"_a, "bits"_a, "sinks"_a, "recent"_a, "window"_a, "softcap"_a, "out"_a);
   bind_matrix(m);
   bind_spec(m);
-  py::class_<Sequence>(m, "Sequence", "Keys and values of one sequence.")
-      .def_property_readonly("length", &Sequence::length)
-      .def_property_readonly("nbytes", &Sequence::bytes)
-      .def_property_readonly("least_crop", &Sequence::least_crop)
-      .def("crop", &Sequence::crop, "length"_a)
-      .def("copy", [](const Sequence& s) { return std::make_unique<Sequence>(s); });
+  bind_sequence(m);
   py::class_<Decoder>(m, "Decoder", "Steps of a whole model; see cpp/engine/decoder.h.")
       .def(py::init<DecoderSpec>(), "spec"_a)
       .def("new_sequence", &new_sequence, py::kw_only(), "layers"_a, "near_bits"_a, "rotate"_a, "sinks"_a, "recent"_a,

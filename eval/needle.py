@@ -61,11 +61,12 @@ def run(args: argparse.Namespace) -> None:
     haystack = Haystack(subject.tokenizer, max(contexts))
     for context, depth in ((c, d) for c in contexts for d in depths):
         haystack.trial(context, depth, 0)
-    cells = measure(subject.load(), haystack, feeds, contexts, depths, args.trials, log=to_stderr)
-    print(f"{KEYS} keys, {args.trials} trials a cell, mean margin of the right key in nats; {feeds[0].describe()}")
+    model = subject.load()
+    cells = measure(model, haystack, feeds, contexts, depths, args.trials, log=to_stderr)
+    print(f"{KEYS} keys, {args.trials} trials a cell, mean margin of the right key in nats; {feeds[0].describe(model)}")
     print(table(cells))
     if args.json:
-        about = {"model": args.model, "keys": KEYS, "caches": [f.describe() for f in feeds]}
+        about = {"model": args.model, "keys": KEYS, "caches": [f.describe(model) for f in feeds]}
         content = {**about, "cells": [dataclasses.asdict(c) for c in cells]}
         args.json.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     if args.plot:

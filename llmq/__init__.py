@@ -14,11 +14,13 @@ from llmq.config import (
     KVCacheConfig,
     QuantScheme,
     RecipeConfig,
+    RuntimeConfig,
 )
 from llmq.pipeline import QuantizationResult, quantize_model
 from llmq.qtensor import QTensor
 from llmq.runtime.causal_lm import set_kv_cache
 from llmq.runtime.hf import register as _register
+from llmq.runtime.prompt_cache import load_prompt_cache, save_prompt_cache
 from llmq.runtime.qlinear import QEmbedding, QLinear, set_activation_bits
 from llmq.runtime.quantized_cache import QuantizedKVCache
 
@@ -39,8 +41,11 @@ __all__ = [
     "QuantScheme",
     "QuantizationResult",
     "RecipeConfig",
+    "RuntimeConfig",
     "QuantizedKVCache",
+    "load_prompt_cache",
     "quantize_model",
+    "save_prompt_cache",
     "set_activation_bits",
     "set_kv_cache",
 ]

@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from llmq.config import QuantScheme
+from llmq.config import KVCacheConfig, QuantScheme, RuntimeConfig
 from llmq.formats import native
 from llmq.qtensor import QTensor
 
@@ -39,7 +40,11 @@ DTYPES = {"U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32"
 
 
 def quantization_config(
-    schemes: dict[str, QuantScheme], default: QuantScheme, tied: dict[str, str], producer: str
+    schemes: dict[str, QuantScheme],
+    default: QuantScheme,
+    tied: dict[str, str],
+    producer: str,
+    runtime: RuntimeConfig | None = None,
 ) -> dict[str, Any]:
     """The ``quantization_config`` block of config.json.
 
@@ -48,7 +53,9 @@ def quantization_config(
         default: the scheme that was asked for (the ``bits``/``group_size``/``sym`` that other tools show).
         tied: module -> module whose matrix it shares (``lm_head`` -> ``model.embed_tokens``).
         producer: name and version of the writer.
+        runtime: what the checkpoint asks of whoever runs it; only what differs from the defaults is written.
     """
+    asked, usual = asdict(runtime or RuntimeConfig()), asdict(RuntimeConfig())
     return {
         "quant_method": QUANT_METHOD,
         "format_version": FORMAT_VERSION,
@@ -58,6 +65,7 @@ def quantization_config(
         "modules": {name: str(scheme) for name, scheme in schemes.items()},
         "tied": tied,
         "producer": producer,
+        **{name: value for name, value in asked.items() if value != usual[name]},
     }
 
 
@@ -75,6 +83,10 @@ def parse_quantization_config(block: dict[str, Any], where: str) -> tuple[dict[s
     for name, source in tied.items():
         if source not in schemes:
             raise ValueError(f"{where}: {name} is tied to {source}, which is not among the quantized modules")
+    try:
+        KVCacheConfig.parse(str(block.get("kv_bits", "16")))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
     return schemes, dict(tied)
 
 
@@ -168,13 +180,13 @@ class CheckpointWriter:
             old = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.old-", dir=self.folder.parent))
             self.folder.replace(old / "folder")
         for path in (self.partial, *self.partial.rglob("*")):
-            _usual_mode(path)
+            usual_mode(path)
         self.partial.replace(self.folder)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _usual_mode(path: Path) -> None:
+def usual_mode(path: Path) -> None:
     """Who may read a published file is the user's umask's choice; temporary names are made for their owner alone."""
     umask = os.umask(0o077)
     os.umask(umask)

@@ -240,6 +240,18 @@ class KVCacheConfig:
         return kv if isinstance(kv, KVCacheConfig) else cls.parse(kv)
 
 
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """What a checkpoint asks of whoever runs it, as long as nothing else is asked for."""
+
+    kv_bits: str = option(
+        "16", "bits of the keys and values that the native decoder caches by default: 16, 8, 4, k8v4, ..."
+    )
+
+    def __post_init__(self) -> None:
+        KVCacheConfig.parse(self.kv_bits)
+
+
 def _kv_bits(text: str) -> tuple[int, int]:
     m = re.fullmatch(r"(\d+)|k(\d+)v(\d+)", text)
     if not m:

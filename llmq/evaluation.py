@@ -139,7 +139,7 @@ def score(
 ) -> Score:
     """Score ``windows`` i64[W, seqlen]; with a ``reference`` also KL(reference || model) and top-1 agreement.
 
-    ``kv`` sends the model's windows through a quantized cache, the reference's never.
+    ``kv`` sends the model's windows through a quantized cache, the reference's never; None: 16 bits.
 
     Raises ValueError if the vocabularies differ or a model's likelihoods are not finite.
     """
@@ -186,14 +186,18 @@ def evaluate(
     progress: Progress | None = None,
     kv: KVFeed | None = None,
 ) -> Score:
-    """Score ``model`` on ``text``: windows, checks, likelihoods, bytes. Raises ValueError as its parts do."""
+    """Score ``model`` on ``text``: windows, checks, likelihoods, bytes. Raises ValueError as its parts do.
+
+    ``kv`` None: the cache that a checkpoint of llmq has by default.
+    """
+    kv = kv or kv_feed.of_checkpoint(model)
     protocol = replace(protocol, bos=resolve_bos(tokenizer, protocol.bos))
     tokens = windows(text, tokenizer, protocol)
     check_fits(model.config, tokens)
     result = score(model, tokens, reference=reference, progress=progress, kv=kv)
-    words = [protocol.describe(len(tokens)), engine_of(model, graph=kv is not None)]
+    words = [protocol.describe(len(tokens)), engine_of(model, graph=kv is not None and kv.native(model) is None)]
     if kv is not None:
-        words.append(kv.describe())
+        words.append(kv.describe(model))
     if reference is not None:
         words.append(f"reference: {engine_of(reference)}")
     return replace(result, nbytes=scored_bytes(tokens, tokenizer), protocol="; ".join(words))
@@ -336,6 +340,7 @@ def run(args: argparse.Namespace) -> Score:
         print(chosen)
     if args.activation_bits is not None:
         set_activation_bits(models[0], args.activation_bits)
+    kv = kv or kv_feed.of_checkpoint(models[0], args.kv_chunk)
     start = time.monotonic()
     result = evaluate(
         models[0],
@@ -350,7 +355,11 @@ def run(args: argparse.Namespace) -> Score:
     if args.json:
         origin: dict[str, Any] = {"model": args.model, "reference": args.reference, "dataset": args.dataset}
         origin["activation_bits"] = args.activation_bits
-        origin["kv"] = None if kv is None else {**dataclasses.asdict(kv.config), "chunk": kv.chunk}
+        origin["kv"] = (
+            None
+            if kv is None
+            else {**dataclasses.asdict(kv.config), "chunk": kv.chunk, "graph": kv.native(models[0]) is None}
+        )
         origin["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
         origin["seconds"] = round(time.monotonic() - start, 1)
         origin["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmq import calibration
-from llmq.config import CalibConfig, QuantScheme
+from llmq.config import CalibConfig, QuantScheme, RuntimeConfig
 from llmq.models.load import SourceModel
 from llmq.plan import Plan, make_plan
 from llmq.report import Log
@@ -19,7 +19,7 @@ class Job:
 
     Attributes:
         source: the model.
-        scheme, head_bits, method, options, calib: what was asked for.
+        scheme, head_bits, method, options, calib, runtime: what was asked for.
         log: gets each line of progress.
         plan: what will be done.
         schemes: of every matrix, by name.
@@ -35,6 +35,7 @@ class Job:
     method: Method
     options: SolverOptions
     calib: CalibConfig
+    runtime: RuntimeConfig
     log: Log
     plan: Plan = field(init=False)
     schemes: dict[str, QuantScheme] = field(init=False)

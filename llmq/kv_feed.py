@@ -1,4 +1,8 @@
-"""A window of tokens fed through a QuantizedKVCache in chunks, as a long prompt is; and the options that ask for it."""
+"""A window of tokens fed through a quantized cache in chunks, as a long prompt is; and the options that ask for it.
+
+The cache is the native decoder's own where the model has one (llmq's checkpoints), else a QuantizedKVCache in the
+Hugging Face graph.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,9 @@ from torch import Tensor
 from llmq.calibration import stdlib_text
 from llmq.config import KEY_SCALES, KVCacheConfig
 from llmq.kv_budget import choose, parse_bytes
+from llmq.runtime.cache import NativeCache
+from llmq.runtime.causal_lm import decoder_of, kv_config
+from llmq.runtime.native import NativeDecoder
 from llmq.runtime.quantized_cache import QuantizedKVCache
 from llmq.score import CacheMemory
 
@@ -25,47 +32,72 @@ PROBE_TOKENS = 1024  # on which the error of a layer is measured
 class KVFeed:
     """How windows go through a quantized cache. Raises ValueError for chunk < 1.
 
-    A chunk's own tokens see one another exactly, whatever ``config.recent`` is; with a chunk of 1 the cache is used as
-    in decoding.
+    In a QuantizedKVCache a chunk's own tokens see one another exactly, whatever ``config.recent`` is; with a chunk of 1
+    it is used as in decoding. In the native cache a token sees the same whatever the chunk.
+
+    ``graph``: through a QuantizedKVCache even where there is a native decoder.
     """
 
     config: KVCacheConfig
     chunk: int = 64
+    graph: bool = False
 
     def __post_init__(self) -> None:
         if self.chunk < 1:
             raise ValueError(f"kv-chunk is {self.chunk}; feed at least 1 token at a time (usual: 64)")
 
-    def new_cache(self, model: Any) -> QuantizedKVCache:
+    def native(self, model: Any) -> NativeDecoder | None:
+        """The decoder whose own cache is used; None: a QuantizedKVCache in the graph."""
+        return None if self.graph else decoder_of(model)
+
+    def new_cache(self, model: Any) -> NativeCache | QuantizedKVCache:
         """An empty cache for ``model``. Raises ValueError as QuantizedKVCache does."""
+        if self.native(model) is not None:
+            return NativeCache(self.config)
         return QuantizedKVCache(self.config, model.config)
 
     def run(self, model: Any, ids: Tensor, step: Callable[..., Tensor]) -> tuple[Tensor, CacheMemory]:
-        """(f[T, D], the cache's memory) for ids i64[T] through a new cache.
+        """(f[T, D], the cache's memory) for ids i64[T] through a new QuantizedKVCache.
 
         ``step(input_ids=i64[1, t], past_key_values=..., use_cache=True)`` gives f[t, D].
         """
-        cache = self.new_cache(model)
+        cache = QuantizedKVCache(self.config, model.config)
         parts = [step(input_ids=part[None], past_key_values=cache, use_cache=True) for part in ids.split(self.chunk)]
         return torch.cat(parts), CacheMemory(cache.get_seq_length(), cache.nbytes, cache.nbytes_16bit)
 
-    def describe(self) -> str:
-        """The cache's protocol in words."""
-        c = self.config
+    def run_natively(self, decoder: NativeDecoder, ids: Tensor) -> tuple[Tensor, CacheMemory]:
+        """(f32[T, hidden] final states, the cache's memory) for ids i64[T] through a new native cache."""
+        sequence, plain = decoder.new_sequence(kv=self.config), decoder.new_sequence(kv_dtype=torch.float16)
+        parts = []
+        for part in ids.split(self.chunk):
+            parts.append(decoder.forward([part], [sequence], output="states"))
+            plain.skip(len(part))
+        return torch.cat(parts), CacheMemory(sequence.length, sequence.nbytes, plain.nbytes)
+
+    def describe(self, model: Any) -> str:
+        """The cache's protocol in words, as it is with ``model``."""
+        c, native = self.config, self.native(model) is not None
         bits = f"layers {' '.join(c.layers)}" if c.layers else f"keys {c.k_bits} bits, values {c.v_bits} bits"
         turned = "heads rotated" if c.rotate else "no rotation"
-        keys = f"keys below 8 bits have scales by {c.key_scales}; {turned}"
+        # The native decoder has no other, see KVCacheConfig.
+        keys = f"keys below 8 bits have scales by {'token' if native else c.key_scales}; {turned}"
         kept = f"{c.sinks} sinks and, below 8 bits, {c.recent} recent tokens in 16 bits"
-        return f"KV cache: {bits}; {keys}; {kept}; fed {self.chunk} tokens at a time"
+        which = "native KV cache" if native else "QuantizedKVCache"
+        return f"{which}: {bits}; {keys}; {kept}; fed {self.chunk} tokens at a time"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of :func:`from_args`."""
     defaults = KVCacheConfig()
-    group = parser.add_argument_group("KV cache", "score through a quantized KV cache, in the Hugging Face graph")
-    group.add_argument("--kv-bits", metavar="8|4|k8v4|...", help="bits of keys and values (default: no cache)")
+    about = (
+        "score through a quantized KV cache: the native decoder's own for checkpoints of llmq, a QuantizedKVCache in "
+        "the Hugging Face graph for other models and with --kv-budget"
+    )
+    group = parser.add_argument_group("KV cache", about)
+    text = "bits of keys and values (default: those of the checkpoint, else no quantized cache)"
+    group.add_argument("--kv-bits", metavar="8|4|k8v4|...", help=text)
     group.add_argument("--kv-chunk", type=int, default=64, metavar="N", help="tokens fed at a time (default 64)")
-    text = f"scales of keys below 8 bits (default {defaults.key_scales})"
+    text = f"scales of keys below 8 bits (default {defaults.key_scales}; the native decoder has them by token only)"
     group.add_argument("--kv-key-scales", choices=KEY_SCALES, default=defaults.key_scales, help=text)
     text = "rotate keys with scales by token, and values below 8 bits (default)"
     group.add_argument("--kv-rotate", action=argparse.BooleanOptionalAction, default=defaults.rotate, help=text)
@@ -96,7 +128,13 @@ def from_args(args: argparse.Namespace) -> KVFeed | None:
     parse_bytes(args.kv_budget)
     if args.kv_context is not None and args.kv_context < 1:
         raise ValueError(f"kv-context is {args.kv_context}; it counts tokens: at least 1")
-    return parse("2", args)
+    return replace(parse("2", args), graph=True)
+
+
+def of_checkpoint(model: Any, chunk: int = KVFeed.chunk) -> KVFeed | None:
+    """The feed for the bits that ``model`` itself caches natively; None where these are 16."""
+    config = kv_config(model) if decoder_of(model) is not None else None
+    return None if config is None or config == KVCacheConfig() else KVFeed(config, chunk)
 
 
 def within_budget(kv: KVFeed, args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[KVFeed, str]:

@@ -8,20 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from llmq.kv_feed import KVFeed
-from llmq.runtime.causal_lm import NativeCausalLM, native_decoder
-from llmq.runtime.native import NativeDecoder, Unsupported
+from llmq.runtime.cache import NativeCache
+from llmq.runtime.causal_lm import decoder_of
 from llmq.runtime.qlinear import QLinear, TiedHead
 from llmq.score import CacheMemory
 
 ACTIVATIONS = {8: "int8 activations", 16: "float activations"}
-
-
-def decoder_of(model: Any) -> NativeDecoder | None:
-    """The native decoder behind ``model``'s forward, None where the Hugging Face graph runs."""
-    try:
-        return native_decoder(model) if issubclass(type(model), NativeCausalLM) else None
-    except Unsupported:
-        return None
 
 
 def engine_of(model: Any, *, graph: bool = False) -> str:
@@ -45,13 +37,13 @@ class WindowLogits:
     Args:
         model: any causal language model, in evaluation mode.
         probe: i64[t], the tokens on which both ways are compared.
-        kv: feed each window through a quantized cache, in the Hugging Face graph; None: in one piece without a cache.
+        kv: feed each window through a quantized cache; None: in one piece, without a cache or through one of 16 bits.
     """
 
     def __init__(self, model: Any, probe: Tensor, kv: KVFeed | None = None) -> None:
         self.model, self.kv = model, None
         self.memory: CacheMemory | None = None  # of the quantized cache after the last window
-        self.native = None if kv else decoder_of(model)
+        self.native = decoder_of(model) if kv is None else kv.native(model)
         self.head: nn.Module | None = model.get_output_embeddings()
         self.softcap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.decoder: Any = model.get_decoder()
@@ -60,7 +52,9 @@ class WindowLogits:
 
     def _verify(self, probe: Tensor) -> str:
         """Compare both ways on ``probe`` i64[t]; switch to the full forward where they differ. Returns a note or ''."""
-        own = self.model(input_ids=probe[None], use_cache=False).logits[0]
+        # A native forward would use the cache of the checkpoint's default.
+        cache = {"past_key_values": NativeCache()} if self.native is not None else {"use_cache": False}
+        own = self.model(input_ids=probe[None], **cache).logits[0]
         self.vocab = own.shape[-1]
         why = "it has no output head of its own"
         if self.native is not None or (self.head is not None and self.decoder is not self.model):
@@ -75,11 +69,14 @@ class WindowLogits:
 
     def states(self, ids: Tensor) -> Tensor:
         """f[T, D] for ids i64[T]: the head's inputs (or the logits themselves where the full forward is used)."""
-        if self.native is not None:
-            return self.native.forward([ids], [self.native.new_sequence()], output="states")
+        if self.kv is not None and self.native is not None:
+            states, self.memory = self.kv.run_natively(self.native, ids)
+            return states
         if self.kv is not None:
             states, self.memory = self.kv.run(self.model, ids, self._step)
             return states
+        if self.native is not None:
+            return self.native.forward([ids], [self.native.new_sequence()], output="states")
         return self._step(input_ids=ids[None], use_cache=False)
 
     def _step(self, **inputs: Any) -> Tensor:

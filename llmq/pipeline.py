@@ -15,7 +15,17 @@ from llmq import calibration, kernels
 from llmq.allocate import allocate, check_budget, read_plan
 from llmq.blockwise import BlockCall, BlockRunner, Observed, Tail, block_inputs, verified_tails
 from llmq.checkpoint import CheckpointWriter, check_output, matrix_tensors, quantization_config
-from llmq.config import HEAD_BITS, AWQConfig, BudgetConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig, one_of
+from llmq.config import (
+    HEAD_BITS,
+    AWQConfig,
+    BudgetConfig,
+    CalibConfig,
+    GPTQConfig,
+    QuantScheme,
+    RecipeConfig,
+    RuntimeConfig,
+    one_of,
+)
 from llmq.job import Job
 from llmq.models.load import materialize, open_model
 from llmq.models.resolve import resolve
@@ -65,6 +75,7 @@ def quantize_model(
     awq: AWQConfig | None = None,
     recipe: RecipeConfig | None = None,
     budget: BudgetConfig | None = None,
+    runtime: RuntimeConfig | None = None,
     head_bits: int = 8,
     overwrite: bool = False,
     device: str = "cpu",
@@ -81,6 +92,7 @@ def quantize_model(
         gptq, awq: options of the solvers.
         recipe: what is done around GPTQ to lose less.
         budget: schemes by module, for a size or from a file.
+        runtime: what the folder asks of whoever runs it, such as the bits of the key/value cache.
         head_bits: bits of token embedding and head: 16, 8 or 4.
         overwrite: replace ``output`` if it is a model folder.
         device: where to compute; ``cpu``.
@@ -105,7 +117,7 @@ def quantize_model(
     source = open_model(resolved.folder)
     if row.needs_text:
         calibration.check(calib, max_positions=source.max_positions)
-    job = Job(source, scheme, head_bits, row, options, calib, log)
+    job = Job(source, scheme, head_bits, row, options, calib, runtime or RuntimeConfig(), log)
     if budget.plan:
         job.use(read_plan(budget.plan, job.plan.linears))
     if budget.target_bpw:
@@ -172,7 +184,7 @@ def _run(
         job.plan,
         job.rows,
         **named,
-        options={"scheme": str(job.scheme), **asdict(job.options), "calib": asdict(job.calib)},
+        options={"scheme": str(job.scheme), **asdict(job.options), "calib": asdict(job.calib)} | asdict(job.runtime),
         calibration=texts.provenance() if texts is not None else None,
         folds=job.folds,
         seconds=seconds,
@@ -354,7 +366,9 @@ def _config_json(job: Job) -> dict[str, Any]:
     config.pop("torch_dtype", None)
     config["dtype"] = "float32"
     producer = f"llmq {versions()['llmq']}"
-    config["quantization_config"] = quantization_config(job.plan.schemes(), job.scheme, job.plan.tied, producer)
+    config["quantization_config"] = quantization_config(
+        job.plan.schemes(), job.scheme, job.plan.tied, producer, job.runtime
+    )
     return config
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmq.config import AWQConfig, BudgetConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig
+from llmq.config import AWQConfig, BudgetConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig, RuntimeConfig
 
 # Flags of a field where they are not simply --field-name; the first is the one that help shows.
 FLAGS: dict[str, tuple[str, ...]] = {
@@ -23,6 +23,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "n_grid": ("--awq-grid",),
     "only": ("--steps",),
     "target_bpw": ("--target-bpw", "--target_bpw"),
+    "kv_bits": ("--kv-bits", "--kv_bits"),
 }
 GROUPS: tuple[tuple[str, type], ...] = (
     ("grid of the weights", QuantScheme),
@@ -31,6 +32,7 @@ GROUPS: tuple[tuple[str, type], ...] = (
     ("recipe around GPTQ", RecipeConfig),
     ("bits by module", BudgetConfig),
     ("AWQ", AWQConfig),
+    ("when it runs", RuntimeConfig),
 )
 
 
@@ -93,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     Raises what ``llmq.quantize_model`` raises, and ValueError for an evaluation that could not be made afterwards.
     """
     scheme, calib = _options(args, QuantScheme), _options(args, CalibConfig)
-    gptq, awq = _options(args, GPTQConfig), _options(args, AWQConfig)
+    gptq, awq, runtime = _options(args, GPTQConfig), _options(args, AWQConfig), _options(args, RuntimeConfig)
     if args.eval is not None and not Path(args.eval).is_file():
         raise FileNotFoundError(f"--eval {args.eval}: there is no such file")
     # Only now: the imports take seconds, a typing error should not.
@@ -113,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
         awq=awq,
         recipe=_options(args, RecipeConfig),
         budget=_options(args, BudgetConfig),
+        runtime=runtime,
         head_bits=args.head_bits,
         overwrite=args.overwrite,
         device=args.device,

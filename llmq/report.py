@@ -170,6 +170,12 @@ def mean_errors(rows: list[dict[str, Any]]) -> tuple[float, float] | None:
     )
 
 
+def kv_default(report: dict[str, Any]) -> str | None:
+    """The bits of cached keys and values that a folder asks for, in words; None: 16, the usual."""
+    bits = report["options"].get("kv_bits", "16")
+    return None if bits == "16" else f"{bits} bits" if bits.isdigit() else f"{bits} (bits of keys and values)"
+
+
 def load_lines(folder: Path | str) -> list[str]:
     """The Python lines that load and run a folder."""
     return [
@@ -194,6 +200,8 @@ def summary(folder: Path, plan: Plan, report: dict[str, Any]) -> str:
         lines.append(
             f"mean output error of a linear: {100 * errors[1]:.3f} % (round to nearest: {100 * errors[0]:.3f} %)"
         )
+    if default := kv_default(report):
+        lines.append(f"keys and values are cached in {default} by default (llmq.set_kv_cache changes it)")
     lines += [f"details in {folder / REPORT_NAME}", "", "load it:", *(f"    {line}" for line in load_lines(folder))]
     return "\n".join(lines)
 
@@ -228,5 +236,10 @@ def model_card(plan: Plan, report: dict[str, Any], folder_name: str) -> str:
         )
     if calibration:
         text.append(f"Calibrated on {calibration['source']} ({calibration['tokens_kept']} tokens).")
+    if default := kv_default(report):
+        text.append(
+            f"The native decoder caches keys and values in {default} unless told otherwise "
+            '(`generate(..., kv_cache="16")`).'
+        )
     text.append(f"Every layer's figures are in `{REPORT_NAME}`.")
     return "\n".join(text) + "\n"

@@ -32,7 +32,10 @@ def estimate(values: Tensor) -> Estimate:
 
 @dataclass(frozen=True)
 class CacheMemory:
-    """Bytes of a cache, measured at its tensors' storages, and what ``tokens`` tokens take at 16 bits a number."""
+    """Bytes of a cache, measured at its storages, and what ``tokens`` tokens take at 16 bits a number.
+
+    Of the native cache both are pages that were made, whole ones.
+    """
 
     tokens: int
     nbytes: int

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import CohereConfig, CohereForCausalLM
 
-from llmq import KVCacheConfig
+from llmq import CalibConfig, KVCacheConfig, QuantScheme, RuntimeConfig, quantize_model, set_kv_cache
 from llmq.evaluation import EvalProtocol, evaluate, load_for_eval, main, score, windows
 from llmq.kv_feed import KVFeed
 
@@ -46,9 +46,71 @@ def test_the_cache_is_really_used(loaded: tuple[Any, Any]) -> None:
     kl = [r.kl.mean for r in results if r.kl is not None]
     assert kl[0] > 1e-6
     assert abs(kl[1]) < 1e-9  # one chunk: its tokens see one another exactly
-    assert "keys 2 bits, values 2 bits; keys below 8 bits have scales by token; heads rotated" in results[0].protocol
+    assert (
+        "QuantizedKVCache: keys 2 bits, values 2 bits; keys below 8 bits have scales by token; heads rotated"
+        in results[0].protocol
+    )
     assert "0 sinks and, below 8 bits, 0 recent tokens in 16 bits; fed 1 tokens at a time" in results[0].protocol
     assert "Hugging Face graph" in results[0].protocol
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny_model: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with a native decoder whose own cache has 8 bits."""
+    pytest.importorskip("llmq._core", reason="llmq was installed without its compiled module")
+    out, calib = tmp_path_factory.mktemp("feed") / "gemma3", CalibConfig(calib="stdlib", nsamples=2, seqlen=32)
+    options: dict[str, Any] = {"method": "rtn", "calib": calib, "runtime": RuntimeConfig("8"), "output": out}
+    return quantize_model(tiny_model("gemma3"), QuantScheme(4, 32), **options).folder
+
+
+def test_a_checkpoint_of_llmq_is_scored_through_its_native_cache(quantized: Path) -> None:
+    model, tokenizer = load_for_eval(str(quantized), log=lambda _: None)
+    tokens = windows(TEXT, tokenizer, PROTOCOL)
+    plain = score(model, tokens)
+    for bits in ("16", "8", "4"):
+        feeds = [KVFeed(KVCacheConfig.parse(bits), chunk) for chunk in (1, 32, 1000)]
+        found = [score(model, tokens, kv=feed) for feed in feeds]
+        # The decoder's own forward, with that cache: the same sums.
+        set_kv_cache(model, bits)
+        logp = model(input_ids=tokens).logits.log_softmax(-1)[:, :-1]
+        nll = -logp.gather(-1, tokens[:, 1:, None])[..., 0].double()
+        for result in found:
+            torch.testing.assert_close(result.nll, nll, atol=1e-6, rtol=0)
+            assert torch.equal(result.nll, plain.nll) == (bits == "16")
+        memory = found[1].kv_cache
+        assert memory is not None
+        sequence = model(input_ids=tokens[:1, :32]).past_key_values.sequences[0]
+        for part in tokens[0, 32:].split(32):
+            feeds[1].native(model).forward([part], [sequence])  # type: ignore[union-attr]
+        assert (memory.tokens, memory.nbytes) == (150, sequence.nbytes)
+        assert (memory.nbytes == memory.nbytes_16bit) == (bits == "16")
+
+
+def test_the_command_says_that_the_native_cache_was_used(
+    quantized: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "out.json"
+    text.write_text(TEXT, encoding="utf-8")
+    argv = ["--model", str(quantized), "--dataset", str(text), "--seqlen", "400", "--max-windows", "1"]
+    argv += ["--json", str(out)]
+    words = {
+        "8": "native decoder, int8 activations; native KV cache: keys 8 bits, values 8 bits",
+        "4": "native KV cache: keys 4 bits, values 4 bits; keys below 8 bits have scales by token",
+        "16": "native KV cache: keys 16 bits, values 16 bits",
+    }
+    perplexities = {}
+    for bits, said in words.items():
+        assert main([*argv, *([] if bits == "8" else ["--kv-bits", bits])]) == 0  # 8: the checkpoint's default
+        assert said in capsys.readouterr().out
+        found = json.loads(out.read_text(encoding="utf-8"))
+        assert (found["kv"]["k_bits"], found["kv"]["graph"]) == (int(bits), False)
+        share = found["kv_cache"]["nbytes"] / found["kv_cache"]["nbytes_16bit"]
+        assert (share == 1) == (bits == "16")
+        perplexities[bits] = found["perplexity"]
+    assert len(set(perplexities.values())) == 3
+    assert main([*argv, "--kv-budget", "400K", "--kv-context", "400"]) == 0
+    assert "Hugging Face graph, int8 activations; QuantizedKVCache: layers" in capsys.readouterr().out
+    assert json.loads(out.read_text(encoding="utf-8"))["kv"]["graph"] is True
 
 
 def test_a_model_that_is_scored_by_the_full_forward_goes_through_the_cache_too() -> None:
@@ -69,7 +131,9 @@ def test_the_command_prints_protocol_and_memory(
     argv += ["--kv-bits", "k8v4", "--kv-chunk", "16", "--kv-recent", "8", "--no-kv-rotate", "--json", str(out)]
     assert main(argv) == 0
     shown = capsys.readouterr().out
-    assert "KV cache: keys 8 bits, values 4 bits; keys below 8 bits have scales by channel; no rotation" in shown
+    assert (
+        "QuantizedKVCache: keys 8 bits, values 4 bits; keys below 8 bits have scales by channel; no rotation" in shown
+    )
     found = json.loads(out.read_text(encoding="utf-8"))
     memory = found["kv_cache"]
     assert f"{memory['nbytes'] / memory['nbytes_16bit']:.3f} of" in shown

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from llmq.config import AWQConfig, CalibConfig, GPTQConfig, QuantScheme
+from llmq.config import AWQConfig, CalibConfig, GPTQConfig, QuantScheme, RuntimeConfig
 from llmq.quantize import build_parser, main
 
 QUICK = ["--calib", "stdlib", "--nsamples", "4", "--seqlen", "48", "--group-size", "32"]
@@ -26,6 +26,22 @@ def test_the_command_works_and_says_what_it_does(tiny_model, tmp_path, capsys):
     assert json.loads((out / "config.json").read_text())["quantization_config"]["bits"] == 4
 
 
+def test_the_bits_of_the_cache_are_stored_and_told(tiny_model, tmp_path, capsys):
+    flags = ["--model", str(tiny_model("llama")), "--method", "rtn", *QUICK]
+    assert main([*flags, "--kv-bits", "k8v4", "--output", str(tmp_path / "a")]) == 0
+    assert "cached in k8v4 (bits of keys and values) by default" in capsys.readouterr().out
+    assert main([*flags, "--kv-bits", "16", "--output", str(tmp_path / "b")]) == 0
+    assert "cached in" not in capsys.readouterr().out
+    blocks, reports, cards = [], [], []
+    for name in "ab":
+        blocks.append(json.loads((tmp_path / name / "config.json").read_text())["quantization_config"])
+        reports.append(json.loads((tmp_path / name / "llmq_report.json").read_text())["options"])
+        cards.append((tmp_path / name / "README.md").read_text())
+    assert blocks[0] == blocks[1] | {"kv_bits": "k8v4"}
+    assert [report["kv_bits"] for report in reports] == ["k8v4", "16"]
+    assert ["caches keys and values in k8v4" in card for card in cards] == [True, False]
+
+
 def test_synonyms_of_the_field():
     parse = build_parser().parse_args
     a = parse(
@@ -39,7 +55,7 @@ def test_synonyms_of_the_field():
 
 def test_defaults_are_those_of_the_dataclasses():
     a = vars(build_parser().parse_args(["--model", "m"]))
-    for options in (QuantScheme(), CalibConfig(), GPTQConfig(), AWQConfig()):
+    for options in (QuantScheme(), CalibConfig(), GPTQConfig(), AWQConfig(), RuntimeConfig()):
         for name, value in vars(options).items():
             assert a[name] == value, name
 
@@ -50,7 +66,7 @@ def test_help_is_grouped_and_complete():
         *("what and where to", "method:", "grid of the weights", "calibration text", "GPTQ:", "AWQ:", "afterwards"),
         *("--model", "--wbits", "--method", "--group-size", "--sym", "--asym", "--act-order", "--no-act-order"),
         *("--percdamp", "--calib", "--nsamples", "--seqlen", "--seed", "--head-bits", "--output", "--overwrite"),
-        *("--device", "--eval"),
+        *("--device", "--eval", "--kv-bits"),
     ):
         assert part in text, part
 
@@ -65,6 +81,8 @@ def test_help_is_grouped_and_complete():
         (["--head-bits", "5"], "head_bits is 5; known: 16, 8, 4"),
         (["--device", "tpu"], "device is 'tpu'; known: cpu"),
         (["--percdamp", "0"], "percdamp is 0.0"),
+        (["--kv-bits", "5"], "kv bits is 5; known: 16, 8, 4, 2"),
+        (["--kv-bits", "k8"], "kv bits 'k8' are not of the form"),
         (["--seqlen", "999999", "--calib", "stdlib"], "999999"),
         (["--eval", "no-such-file.txt"], "no-such-file.txt: there is no such file"),
     ],

@@ -110,8 +110,9 @@ THREADED = "several_threads or any_number_of_threads or shared_out_to_threads or
     [
         ("address,undefined", "", ("kernels", "kernels_packing", "sampler", "packed_cache"), ""),
         ("address,undefined", "", ("kernels_attend", "native", "kv_cache", "generation"), ""),
+        ("address,undefined", "", ("native_sharing", "prompt_cache"), "not no_memory"),
         ("address,undefined", "scalar", ("kernels",), ""),
-        ("thread", "", ("native", "generation"), THREADED),
+        ("thread", "", ("native", "native_sharing", "generation"), THREADED),
     ],
 )
 def test_the_suite_is_clean_under(

@@ -129,8 +129,7 @@ void Decoder::forward(const KernelTable& table, const Step& step) const {
   require(!step.sequences.empty(), "no sequence was given; a step needs at least one");
   std::vector<std::unique_lock<std::mutex>> locks;
   for (Sequence* s : step.sequences) {
-    locks.emplace_back(s->busy, std::defer_lock);
-    require(locks.back().try_lock(), "a sequence is in use by another call (or given twice); make a copy of it");
+    locks.push_back(s->lock());
   }
   check(step);
   for (std::size_t i = 0; i < step.sequences.size(); ++i) {

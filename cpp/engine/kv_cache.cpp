@@ -1,16 +1,14 @@
 #include "engine/kv_cache.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <string>
 
 namespace llmq {
 namespace {
 
-constexpr std::int64_t kAlignment = 64;
+constexpr auto kAlignment = static_cast<std::int64_t>(KvPage::kAlignment);
 // log2 of the tokens of a page; a page of near tokens is one block.
 constexpr int kPageShift = 6;
 constexpr int kNearShift = 4;
@@ -30,8 +28,6 @@ std::optional<KvPages> near_pages(const KvShape& shape, const KvLayerShape& laye
 }
 
 }  // namespace
-
-void KvPages::Free::operator()(void* p) const { std::free(p); }
 
 KvPages::KvPages(std::int64_t heads, std::int64_t head_dim, KvType keys, KvType values, int page_shift,
                  std::int64_t fixed, std::int64_t reach)
@@ -88,32 +84,37 @@ KvPages::KvPages(const KvPages& other)
       keys_(other.keys_),
       values_(other.values_),
       head_bytes_(other.head_bytes_),
-      page_bytes_(other.page_bytes_) {
-  for (const Page& page : other.pages_) {
-    pages_.push_back(page ? new_page() : Page());
-    if (page) std::memcpy(pages_.back().get(), page.get(), static_cast<std::size_t>(page_bytes_));
-  }
-}
+      page_bytes_(other.page_bytes_),
+      pages_(other.pages_) {}
 
 std::int64_t KvPages::pages_of(std::int64_t tokens) const {
   return (tokens + (std::int64_t{1} << page_shift_) - 1) >> page_shift_;
 }
 
-// Zeroed: a block of 16 tokens is read whole, and what lies behind the last token must be no NaN.
-KvPages::Page KvPages::new_page() const {
-  Page page(std::aligned_alloc(kAlignment, static_cast<std::size_t>(page_bytes_)));
-  if (!page) throw std::bad_alloc();
-  std::memset(page.get(), 0, static_cast<std::size_t>(page_bytes_));
-  return page;
+std::int64_t KvPages::bytes(std::unordered_set<const void*>& counted) const {
+  std::int64_t pages = 0;
+  for (const auto* list : {&pages_, &spare_}) {
+    for (const Page& page : *list) pages += page && counted.insert(page.get()).second;
+  }
+  return pages * page_bytes_;
 }
 
-std::vector<KvPages::Page> KvPages::missing(std::int64_t start, std::int64_t count) const {
+std::int64_t KvPages::missing(std::int64_t start, std::int64_t count) const {
   std::int64_t wanted = pages_of(start + count);
   // Between two steps, the pages of the fixed tokens, of those within reach and of the new ones.
   const std::int64_t within = reach_ + std::min(count, kChunkTokens);
   wanted = std::min(wanted, pages_of(fixed_) + pages_of(within) + 1);
+  // Shared pages are of no use to others when they are forgotten, and take a copy when they are written.
+  const auto size = static_cast<std::int64_t>(pages_.size());
+  const std::int64_t kept = std::max<std::int64_t>(0, start + count - reach_) >> page_shift_;
+  for (std::int64_t i = first_; i < std::min(kept, size); ++i) wanted += pages_[static_cast<std::size_t>(i)].shared();
+  for (std::int64_t i = start >> page_shift_; i < size; ++i) wanted += pages_[static_cast<std::size_t>(i)].shared();
+  return std::max<std::int64_t>(0, wanted - held());
+}
+
+std::vector<KvPages::Page> KvPages::new_pages(std::int64_t count) const {
   std::vector<Page> fresh;
-  for (std::int64_t have = held(); have < wanted; ++have) fresh.push_back(new_page());
+  while (count-- > 0) fresh.emplace_back(static_cast<std::size_t>(page_bytes_));
   return fresh;
 }
 
@@ -127,18 +128,26 @@ void KvPages::slide(std::int64_t start, std::int64_t count) {
   if (static_cast<std::int64_t>(pages_.size()) < end) pages_.resize(static_cast<std::size_t>(end));
   for (; first_ < from; ++first_) take_back(first_);
   if (first_ > pages_of(fixed_)) begin_ = std::max(begin_, first_ << page_shift_);
-  for (std::int64_t i = start >> page_shift_; i < end; ++i) {
-    Page& page = pages_[static_cast<std::size_t>(i)];
-    if (page) continue;
-    page = std::move(spare_.back());
-    spare_.pop_back();
+  for (std::int64_t i = start >> page_shift_; i < end; ++i) take_spare(i);
+}
+
+void KvPages::take_spare(std::int64_t number) {
+  Page& page = pages_[static_cast<std::size_t>(number)];
+  if (page && !page.shared()) return;
+  Page own = std::move(spare_.back());
+  spare_.pop_back();
+  if (page) {
+    std::memcpy(own.get(), page.get(), static_cast<std::size_t>(page_bytes_));
+  } else {
     ++in_use_;
   }
+  page = std::move(own);
 }
 
 void KvPages::take_back(std::int64_t number) {
   if (number >= static_cast<std::int64_t>(pages_.size()) || !pages_[static_cast<std::size_t>(number)]) return;
-  spare_.push_back(std::move(pages_[static_cast<std::size_t>(number)]));
+  Page page = std::move(pages_[static_cast<std::size_t>(number)]);
+  if (!page.shared()) spare_.push_back(std::move(page));
   --in_use_;
 }
 
@@ -155,7 +164,6 @@ void KvPages::crop(std::int64_t length) {
 }
 
 KvRows KvPages::keys(std::int64_t head) const {
-  // unique_ptr<void, Free> with an empty deleter is one pointer, so the vector's data is an array of pages.
   static_assert(sizeof(Page) == sizeof(void*));
   KvRows rows = keys_;
   rows.pages = reinterpret_cast<void* const*>(pages_.data());
@@ -176,14 +184,17 @@ Sequence::Sequence(const KvShape& shape) : shape_(shape) {
   }
 }
 
-Sequence::Sequence(const Sequence& other) : shape_(other.shape_), length_(other.length_), layers_(other.layers_) {}
+Sequence::Sequence(const Sequence& other) : Sequence(other, other.lock()) {}
 
-template <class F>
-void Sequence::for_pages(const F& f) {
-  for (KvLayer& layer : layers_) {
-    f(layer.stored);
-    if (layer.near) f(*layer.near);
+Sequence::Sequence(const Sequence& other, const std::unique_lock<std::mutex>& /*held*/)
+    : shape_(other.shape_), length_(other.length_), layers_(other.layers_) {}
+
+std::unique_lock<std::mutex> Sequence::lock() const {
+  std::unique_lock<std::mutex> held(busy_, std::try_to_lock);
+  if (!held) {
+    throw std::invalid_argument("a sequence is in use by another call (or given twice); make a copy of it");
   }
+  return held;
 }
 
 std::int64_t Sequence::bytes() const {
@@ -192,9 +203,31 @@ std::int64_t Sequence::bytes() const {
   return sum;
 }
 
+std::int64_t Sequence::bytes(std::unordered_set<const void*>& counted) const {
+  std::int64_t sum = 0;
+  for (const KvPages* part : pages()) sum += part->bytes(counted);
+  return sum;
+}
+
+std::int64_t shared_bytes(const std::vector<const Sequence*>& sequences) {
+  std::unordered_set<const void*> counted;
+  std::int64_t sum = 0;
+  for (const Sequence* sequence : sequences) sum += sequence->bytes(counted);
+  return sum;
+}
+
 void Sequence::reserve(std::int64_t count) {
   std::vector<std::vector<KvPages::Page>> fresh;
-  for_pages([&](KvPages& pages) { fresh.push_back(pages.missing(length_, count)); });
+  try {
+    for_pages([&](KvPages& pages) { fresh.push_back(pages.new_pages(pages.missing(length_, count))); });
+  } catch (const std::bad_alloc&) {
+    fresh.clear();
+    std::int64_t bytes = 0;
+    for (const KvPages* part : pages()) bytes += part->missing(length_, count) * part->page_bytes();
+    throw OutOfMemory("no memory for " + std::to_string(count) + " more tokens in the key/value cache: it takes " +
+                      std::to_string(bytes >> 20) + " MiB more than the " + std::to_string(this->bytes() >> 20) +
+                      " MiB held; shorten the prompt, or cache fewer bits (kv_cache=\"8\" or \"4\")");
+  }
   std::size_t i = 0;
   for_pages([&](KvPages& pages) { pages.give(std::move(fresh[i++])); });
 }
@@ -216,6 +249,15 @@ void Sequence::append(const KernelTable& table, std::int64_t layer, std::int64_t
   if (at.near) store(*at.near);
 }
 
+void Sequence::skip(std::int64_t count) {
+  reserve(count);
+  const std::int64_t length = length_ + count;
+  for (std::int64_t start = length_; start < length; start += kChunkTokens) {
+    slide(start, std::min(kChunkTokens, length - start));
+  }
+  grow(length);
+}
+
 void Sequence::grow(std::int64_t length) {
   slide(length - length_ <= kStepTaken ? length_ : length, 0);
   length_ = length;
@@ -228,6 +270,15 @@ std::int64_t Sequence::least_crop() const {
     if (layer.stored.begin() > 0) least = std::max(least, layer.stored.begin() + layer.shape.window - 1);
   }
   return least;
+}
+
+std::vector<const KvPages*> Sequence::pages() const {
+  std::vector<const KvPages*> all;
+  for (const KvLayer& layer : layers_) {
+    all.push_back(&layer.stored);
+    if (layer.near) all.push_back(&*layer.near);
+  }
+  return all;
 }
 
 void Sequence::crop(std::int64_t length) {

@@ -2,11 +2,14 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <mutex>
+#include <new>
 #include <optional>
+#include <string>
+#include <unordered_set>
 #include <vector>
 
+#include "engine/kv_page.h"
 #include "kernel_table.h"
 
 namespace llmq {
@@ -18,6 +21,19 @@ constexpr std::int64_t kChunkTokens = 512;
 constexpr std::int64_t kCropTokens = 32;
 // A step of at most so many tokens may be taken back as a whole, too.
 constexpr std::int64_t kStepTaken = 256;
+
+// Raised with every change of what the bytes of a page mean, or of which pages a sequence holds: files name it.
+constexpr int kKvLayoutVersion = 1;
+
+// No memory for pages, and how many bytes of it.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  explicit OutOfMemory(std::string message) : message_(std::move(message)) {}
+  const char* what() const noexcept override { return message_.c_str(); }
+
+ private:
+  std::string message_;
+};
 
 // How one layer stores its tokens. Where `near` is set, tokens are stored in that type as well as long as a query sees
 // them so: the first `sinks` and the last `recent` before each query, both rounded up to whole blocks of kKeyTokens.
@@ -35,7 +51,8 @@ struct KvShape {
 };
 
 // Pages of one layer, numbered by the tokens they hold. For each head in turn a page holds the keys, the values, the
-// scales of the keys, the scales of the values, the zeros of both, as KvRows describes them.
+// scales of the keys, the scales of the values, the zeros of both, as KvRows describes them. Copies share their pages;
+// one that is written to is copied first.
 class KvPages {
  public:
   static constexpr std::int64_t kEverything = std::int64_t{1} << 60;
@@ -49,16 +66,18 @@ class KvPages {
   KvType key_type() const { return key_type_; }
   KvType value_type() const { return value_type_; }
   std::int64_t bytes() const { return held() * page_bytes_; }
+  std::int64_t page_bytes() const { return page_bytes_; }
+  // Of the pages that are not among those counted already.
+  std::int64_t bytes(std::unordered_set<const void*>& counted) const;
   std::int64_t fixed() const { return fixed_; }
   // All tokens from here on are held, besides the fixed ones.
   std::int64_t begin() const { return begin_; }
 
-  struct Free {
-    void operator()(void* p) const;
-  };
-  using Page = std::unique_ptr<void, Free>;
-  // Pages that it takes, beyond those held, to add `count` tokens to `start`, by steps. Throws std::bad_alloc.
-  std::vector<Page> missing(std::int64_t start, std::int64_t count) const;
+  using Page = KvPage;
+  // Pages that it takes, beyond those held, to add `count` tokens to `start`, by steps.
+  std::int64_t missing(std::int64_t start, std::int64_t count) const;
+  // Throws std::bad_alloc.
+  std::vector<Page> new_pages(std::int64_t count) const;
   void give(std::vector<Page> fresh);
   // Make room for `count` tokens from `start` on, out of pages that were given or are forgotten.
   void slide(std::int64_t start, std::int64_t count);
@@ -68,11 +87,24 @@ class KvPages {
   KvRows keys(std::int64_t head) const;
   KvRows values(std::int64_t head) const;
 
+  // Which pages are held, ascending, and where they begin; `begin` as above.
+  struct Held {
+    std::vector<std::int64_t> numbers;
+    std::int64_t first, begin;
+  };
+  Held held_pages() const;
+  // Their bytes, one page after the other.
+  void read(std::byte* out) const;
+  // Hold `held` pages of `bytes` instead, for a sequence of `length` tokens. Throws std::invalid_argument where a page
+  // is missing that a later step could look at, or is one too many; std::bad_alloc.
+  void restore(const Held& held, std::int64_t length, const std::byte* bytes);
+
  private:
   std::int64_t pages_of(std::int64_t tokens) const;
   std::int64_t held() const { return in_use_ + static_cast<std::int64_t>(spare_.size()); }
   void take_back(std::int64_t number);
-  Page new_page() const;
+  // A page that may be written.
+  void take_spare(std::int64_t number);
 
   std::int64_t head_dim_, padded_dim_;
   KvType key_type_, value_type_;
@@ -100,15 +132,18 @@ class Sequence {
   const KvShape& shape() const { return shape_; }
   std::int64_t length() const { return length_; }
   std::int64_t bytes() const;
+  std::int64_t bytes(std::unordered_set<const void*>& counted) const;
   const KvLayer& layer(std::int64_t layer) const { return layers_[static_cast<std::size_t>(layer)]; }
 
-  // Memory for `count` more tokens in every layer. Throws std::bad_alloc and leaves the sequence as it was.
+  // Memory for `count` more tokens in every layer. Throws OutOfMemory and leaves the sequence as it was.
   void reserve(std::int64_t count);
   // Room for `count` <= kChunkTokens tokens from `start` on, for which memory was reserved.
   void slide(std::int64_t start, std::int64_t count);
   // Store keys and values f32[heads, head_dim] of one token of one layer; there must be room for it.
   void append(const KernelTable& table, std::int64_t layer, std::int64_t token, const float* keys,
               const float* values) const;
+  // Room for `count` more tokens, counted as if they had been stored: shows the memory that they take.
+  void skip(std::int64_t count);
   // The tokens up to `length` count from now on; their keys and values have been stored.
   void grow(std::int64_t length);
   // Forget the tokens behind `length`. Throws std::invalid_argument when there are not so many, or where tokens that
@@ -116,16 +151,32 @@ class Sequence {
   void crop(std::int64_t length);
   std::int64_t least_crop() const;
 
-  // Held while a step runs: two steps on one sequence would write the same pages.
-  std::mutex busy;
+  // Held while a call changes the sequence, or reads its pages: two steps would write the same ones. Throws
+  // std::invalid_argument when another call holds it.
+  std::unique_lock<std::mutex> lock() const;
+
+  // The pages of every layer, those of its near tokens behind the others.
+  std::vector<const KvPages*> pages() const;
+  // Become a sequence of `length` tokens with these pages. Throws as KvPages::restore and leaves it as it was.
+  void restore(std::int64_t length, const std::vector<KvPages::Held>& held, const std::vector<const std::byte*>& bytes);
 
  private:
+  Sequence(const Sequence& other, const std::unique_lock<std::mutex>& held);
   template <class F>
-  void for_pages(const F& f);
+  void for_pages(const F& f) {
+    for (KvLayer& layer : layers_) {
+      f(layer.stored);
+      if (layer.near) f(*layer.near);
+    }
+  }
 
   KvShape shape_;
   std::int64_t length_ = 0;
   std::vector<KvLayer> layers_;
+  mutable std::mutex busy_;
 };
+
+// Bytes that the sequences hold together: a page that several share counts once.
+std::int64_t shared_bytes(const std::vector<const Sequence*>& sequences);
 
 }  // namespace llmq

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import Cache
 
 from llmq.config import KVCacheConfig
-from llmq.runtime.native import NativeDecoder, Sequence, Unsupported
+from llmq.runtime.native import NativeDecoder, Unsupported
+from llmq.runtime.sequence import Sequence, shared_nbytes
 
 
 class NativeCache(Cache):
@@ -23,6 +24,9 @@ class NativeCache(Cache):
         kv: bits of the keys and values; None: 16.
         sequences: one a row; empty until the first forward, which decides the batch.
         seen: bool[B, columns].
+        prompt: i64[B, T] the tokens of the first columns, where they are known (a cache from a file); ``generate``
+            refuses a prompt that does not begin with them.
+        made_by: fingerprint of the decoder that began it.
         offsets: i64[B] position id of a row's first token, where the caller gave positions; rotary embedding depends on
             differences only.
     """
@@ -33,23 +37,48 @@ class NativeCache(Cache):
         self.sequences: list[Sequence] = []
         self.seen = torch.zeros(0, 0, dtype=torch.bool)
         self.offsets: Tensor | None = None
+        self.prompt: Tensor | None = None
+        self.made_by = ""
 
     def begin(self, decoder: NativeDecoder, rows: int) -> None:
-        """Make the sequences, as long as there is no column. Raises ValueError when the batch has grown or shrunk."""
+        """Make the sequences, as long as there is no column.
+
+        Raises ValueError when the batch has grown or shrunk, or another model's decoder has made them.
+        """
         if self.get_seq_length() == 0:
+            self.made_by = decoder.fingerprint
             self.sequences = [decoder.new_sequence(kv=self.kv) for _ in range(rows)]
             self.seen = torch.zeros(rows, 0, dtype=torch.bool)
         if len(self.sequences) != rows:
             raise ValueError(f"the batch has {rows} rows, past_key_values holds {len(self.sequences)}")
+        if self.made_by != decoder.fingerprint:
+            raise ValueError(
+                f"past_key_values holds {self.get_seq_length()} columns that a model with other weights has computed "
+                f"(fingerprints {self.made_by[:8]} and {decoder.fingerprint[:8]}); start with a new cache"
+            )
 
     def extend(self, shown: Tensor) -> None:
         """Note columns that have been processed: bool[B, n], True where a token was stored."""
         self.seen = torch.cat([self.seen, shown.bool()], dim=1)
 
+    def check_prompt(self, ids: Tensor) -> None:
+        """Raise ValueError when the prompt i64[B, T] does not begin with the tokens that the cache is known to hold."""
+        if self.prompt is None or len(ids) != len(self.prompt):
+            return
+        columns = min(ids.shape[1], self.prompt.shape[1])
+        wrong = (ids[:, :columns] != self.prompt[:, :columns]) & self.seen[:, :columns]
+        if bool(wrong.any()):
+            row, column = (int(i) for i in wrong.nonzero()[0])
+            raise ValueError(
+                f"row {row} of the prompt has token {int(ids[row, column])} at column {column} where past_key_values "
+                f"holds token {int(self.prompt[row, column])}; begin with the {self.prompt.shape[1]} tokens that it "
+                "was saved with (tokens may differ where a text is cut), or leave it out"
+            )
+
     @property
     def nbytes(self) -> int:
-        """Bytes held by all sequences."""
-        return sum(sequence.nbytes for sequence in self.sequences)
+        """Bytes held by all sequences together; pages that several share count once."""
+        return shared_nbytes(self.sequences)
 
     # What transformers asks of a cache, under its names. All layers are alike here.
 
@@ -88,6 +117,7 @@ class NativeCache(Cache):
                     f"hold what {sequence.least_crop} tokens or more need; start a new cache"
                 )
         self.seen = self.seen[:, :keep].clone()
+        self.prompt = None if self.prompt is None else self.prompt[:, :keep]
         for sequence, length in zip(self.sequences, lengths, strict=True):
             sequence.crop(length)
 
@@ -102,6 +132,7 @@ class NativeCache(Cache):
         self.sequences = sequences
         self.seen = self.seen[rows]
         self.offsets = None if self.offsets is None else self.offsets[rows]
+        self.prompt = None if self.prompt is None else self.prompt[rows]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices`` (i64, or a bool mask)."""
@@ -114,6 +145,7 @@ class NativeCache(Cache):
     def reset(self) -> None:
         """Forget everything."""
         self.sequences, self.seen, self.offsets = [], torch.zeros(0, 0, dtype=torch.bool), None
+        self.prompt = None
 
     def activate_past_recording(self) -> None:
         """Every past state is kept anyway."""

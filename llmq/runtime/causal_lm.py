@@ -22,7 +22,8 @@ from llmq.config import KVCacheConfig
 from llmq.runtime import generation
 from llmq.runtime.cache import NativeCache, check_positions, shown_columns
 from llmq.runtime.native import NativeDecoder, Unsupported
-from llmq.runtime.options import say_once
+from llmq.runtime.options import quantized_cache, say_once
+from llmq.runtime.quantized_cache import QuantizedKVCache
 from llmq.runtime.stopping import StopStrings
 
 # Arguments of forward that change nothing here, whatever their value.
@@ -50,6 +51,14 @@ def native_decoder(model: nn.Module) -> NativeDecoder:
     if model.training and torch.is_grad_enabled():
         raise Unsupported("the model is in training mode and gradients are on")
     return decoder
+
+
+def decoder_of(model: Any) -> NativeDecoder | None:
+    """The native decoder behind ``model``'s forward, None where the Hugging Face graph runs."""
+    try:
+        return native_decoder(model) if issubclass(type(model), NativeCausalLM) else None
+    except Unsupported:
+        return None
 
 
 def _check_untouched(model: nn.Module) -> None:
@@ -91,7 +100,7 @@ def kv_config(model: Any) -> KVCacheConfig | None:
     """What :func:`set_kv_cache` was told, else the checkpoint's default, else None."""
     told: KVCacheConfig | None = model.__dict__.get("kv_cache_config")
     stored = getattr(getattr(model.config, "quantization_config", None), "kv_bits", None)
-    return told if told is not None or stored is None else KVCacheConfig.of(stored)
+    return told if told is not None or stored is None else KVCacheConfig.of(str(stored))
 
 
 class NativeCausalLM:
@@ -106,8 +115,8 @@ class NativeCausalLM:
 
         ``kv_cache``, a KVCacheConfig or its text such as ``"8"``, holds for this call; see :func:`set_kv_cache`.
 
-        Raises ValueError for an empty prompt, one longer than the context, a token id out of range, or ``kv_cache``
-        beside ``past_key_values``.
+        Raises ValueError for an empty prompt, one longer than the context, a token id out of range, ``kv_cache`` beside
+        ``past_key_values``, or a prompt that does not begin as the saved one behind ``past_key_values``.
         """
         kv = kwargs.pop("kv_cache", None)
         if kv is not None:
@@ -122,13 +131,24 @@ class NativeCausalLM:
                 f"the prompt is empty: input_ids has shape {tuple(prompt.shape)}; give at least one token, such as the "
                 "tokenizer's BOS"
             )
+        past, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if isinstance(past, NativeCache) and isinstance(prompt, Tensor):
+            follows = mask is not None and mask.shape[-1] > prompt.shape[-1]  # what the cache holds is left out
+            past.check_prompt(prompt[:, :0] if follows else prompt)
         return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        given = model_kwargs.get("past_key_values") is not None
-        other = generation_config.cache_implementation not in (None, "dynamic") or generation_config.use_cache is False
+        given = model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False
+        quantized = None if given else quantized_cache(generation_config)
+        if quantized is not None:
+            native = decoder_of(self) is not None
+            model_kwargs["past_key_values"] = (
+                NativeCache(quantized) if native else QuantizedKVCache(quantized, self.config)  # type: ignore[attr-defined]
+            )
+            return None
+        other = generation_config.cache_implementation not in (None, "dynamic")
         if not (given or other):
             with contextlib.suppress(Unsupported):  # the loops say why
                 self._decoder()

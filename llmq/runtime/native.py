@@ -6,6 +6,8 @@ stays intact beside it.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import weakref
 from collections.abc import Sequence as ListLike
 from typing import Any
@@ -18,12 +20,15 @@ from llmq.config import KVCacheConfig, one_of
 from llmq.models.families import FAMILIES, family_of
 from llmq.qtensor import QTensor
 from llmq.runtime.qlinear import QEmbedding, QLinear, QuantizedMatrix, TiedHead
+from llmq.runtime.sequence import Sequence
 
 OUTPUTS = {"last": 0, "all": 1, "states": 2}
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1}
 DENSE_TYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 # Rows of a dense matrix looked at at once: a head of 262144 rows is never in memory a third time.
 DENSE_ROWS = 4096
+# Of each weight, as many of its first numbers tell models apart.
+FINGERPRINT_NUMBERS = 1024
 KV_DTYPES = (torch.float16, torch.float32)
 # Rope types whose frequencies do not depend on the length of the text.
 ROPE_TYPES = ("default", "linear", "llama3")
@@ -42,39 +47,6 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 class Unsupported(Exception):
     """Why a model has no native decoder. It then runs in the Hugging Face graph."""
-
-
-class Sequence:
-    """Keys and values of one sequence, grown in pages by :meth:`NativeDecoder.forward`."""
-
-    def __init__(self, core: Any) -> None:
-        self._core = core
-
-    @property
-    def length(self) -> int:
-        """Tokens stored."""
-        return int(self._core.length)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return int(self._core.nbytes)
-
-    @property
-    def least_crop(self) -> int:
-        """The least length, besides 0, to crop to: layers of a sliding window forget what lies before it.
-
-        The last 32 tokens, and those of a last step of up to 256, can always be cropped.
-        """
-        return int(self._core.least_crop)
-
-    def crop(self, length: int) -> None:
-        """Forget the tokens behind ``length``: 0, or from ``least_crop`` on. Raises ValueError for others."""
-        self._core.crop(length)
-
-    def copy(self) -> Sequence:
-        """An independent copy."""
-        return Sequence(self._core.copy())
 
 
 class NativeDecoder:
@@ -114,6 +86,15 @@ class NativeDecoder:
         return self._modules == _matrix_modules(model) and all(
             _packed(m) is p for m, p in zip(self._modules, self._packed, strict=True)
         )
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the beginnings of all weights: tells models apart that differ in nothing else."""
+        found = hashlib.sha256()
+        for t in self._kept:
+            found.update(f"{t.dtype} {tuple(t.shape)} ".encode())
+            found.update(memoryview(t.reshape(-1)[:FINGERPRINT_NUMBERS].view(torch.uint8).numpy()))
+        return found.hexdigest()
 
     def new_sequence(self, *, kv: KVCacheConfig | None = None, kv_dtype: torch.dtype | None = None) -> Sequence:
         """An empty sequence.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import logits_process as lp
 
+from llmq.config import KVCacheConfig, one_of
 from llmq.runtime.native import Unsupported, core
 
 logger = logging.getLogger(__name__)
@@ -46,13 +47,14 @@ NATIVE_OPTIONS = frozenset(
         "length_penalty",
         "disable_compile",
         "compile_config",
+        "cache_config",
         "transformers_version",
     ]
 )
 # Values of other fields that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_cache": (True,),
-    "cache_implementation": ("dynamic",),
+    "cache_implementation": ("dynamic", "quantized"),
     "no_repeat_ngram_size": (0,),
     "typical_p": (1.0,),
 }
@@ -60,6 +62,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 NATIVE_ARGUMENTS = frozenset(
     ["attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "tokenizer", "inputs_tensor"]
 )
+
+# Keys of transformers' cache_config for cache_implementation="quantized", as fields of KVCacheConfig. Its own fields
+# are known as well.
+CACHE_KEYS = {"nbits": ("k_bits", "v_bits"), "residual_length": ("recent",)}
+CACHE_BACKEND = "llmq"
+CACHE_NBITS = 4  # as in transformers
 
 _said: set[str] = set()
 _saying = threading.Lock()
@@ -92,6 +100,22 @@ def check_options(config: GenerationConfig) -> None:
             raise Unsupported(f"{name}={value!r}")
     if config.use_cache is False:
         raise Unsupported("use_cache=False")
+
+
+def quantized_cache(config: GenerationConfig) -> KVCacheConfig | None:
+    """The cache that ``cache_implementation="quantized"`` asks llmq for; None: nothing, or one of another backend.
+
+    Raises ValueError for a key of ``cache_config`` that is not known here, and for values out of range.
+    """
+    given = dict(config.cache_config or {})
+    if config.cache_implementation != "quantized" or given.pop("backend", CACHE_BACKEND) != CACHE_BACKEND:
+        return None
+    names = {f.name: (f.name,) for f in fields(KVCacheConfig)} | CACHE_KEYS
+    made: dict[str, Any] = dict.fromkeys(CACHE_KEYS["nbits"], CACHE_NBITS)
+    for key, value in given.items():
+        one_of("a key of cache_config", key, names)
+        made |= dict.fromkeys(names[key], tuple(value) if key == "layers" else value)
+    return KVCacheConfig(**made)
 
 
 def check_arguments(arguments: dict[str, Any]) -> None:
