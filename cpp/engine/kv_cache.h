@@ -21,6 +21,7 @@ constexpr std::int64_t kStepTaken = 256;
 
 // How one layer stores its tokens. Where `near` is set, tokens are stored in that type as well as long as a query sees
 // them so: the first `sinks` and the last `recent` before each query, both rounded up to whole blocks of kKeyTokens.
+// Keys with scales by column need it: what the last page, not full yet, holds is stored in `near` only, and seen so.
 struct KvLayerShape {
   KvType keys, values;
   bool rotate = false;  // keys, and the queries that meet them, are rotated by a Hadamard matrix
@@ -40,9 +41,10 @@ class KvPages {
  public:
   static constexpr std::int64_t kEverything = std::int64_t{1} << 60;
 
-  // The first `fixed` tokens and `reach` before those of a step stay, the others are forgotten.
+  // The first `fixed` tokens and `reach` before those of a step stay, the others are forgotten; `block` tokens
+  // together, as long as one of them may be the last.
   KvPages(std::int64_t heads, std::int64_t head_dim, KvType keys, KvType values, int page_shift, std::int64_t fixed,
-          std::int64_t reach);
+          std::int64_t reach, std::int64_t block = 1);
   KvPages(const KvPages& other);
   KvPages(KvPages&&) = default;
 
@@ -64,12 +66,20 @@ class KvPages {
   void slide(std::int64_t start, std::int64_t count);
   // Forget the tokens behind `length`, and pages that are not in use.
   void crop(std::int64_t length);
+  // Pages that it takes to hold all tokens from `from` to `end` again. Throws std::bad_alloc.
+  std::vector<Page> missing_between(std::int64_t from, std::int64_t end) const;
+  // Hold them, out of pages that were given; what they contain is the caller's.
+  void reopen(std::int64_t from, std::int64_t end);
 
   KvRows keys(std::int64_t head) const;
   KvRows values(std::int64_t head) const;
 
  private:
   std::int64_t pages_of(std::int64_t tokens) const;
+  // Of `tokens` tokens; keys with scales by column have none for those that do not fill it.
+  std::int64_t end_page(std::int64_t tokens) const;
+  std::int64_t first_kept(std::int64_t start) const;
+  void take_spare(std::int64_t number);
   std::int64_t held() const { return in_use_ + static_cast<std::int64_t>(spare_.size()); }
   void take_back(std::int64_t number);
   Page new_page() const;
@@ -77,7 +87,7 @@ class KvPages {
   std::int64_t head_dim_, padded_dim_;
   KvType key_type_, value_type_;
   int page_shift_;
-  std::int64_t fixed_, reach_, begin_ = 0;
+  std::int64_t fixed_, reach_, block_, begin_ = 0;
   std::int64_t first_;  // page beyond the fixed ones before which none is held
   std::int64_t in_use_ = 0;
   KvRows keys_, values_;  // of head 0
@@ -109,11 +119,15 @@ class Sequence {
   // Store keys and values f32[heads, head_dim] of one token of one layer; there must be room for it.
   void append(const KernelTable& table, std::int64_t layer, std::int64_t token, const float* keys,
               const float* values) const;
+  // Make codes of the pages that the `count` tokens from `start` on fill, where keys have scales by column; all of them
+  // must have been appended.
+  void fill_pages(const KernelTable& table, std::int64_t layer, std::int64_t start, std::int64_t count) const;
   // The tokens up to `length` count from now on; their keys and values have been stored.
   void grow(std::int64_t length);
   // Forget the tokens behind `length`. Throws std::invalid_argument when there are not so many, or where tokens that
-  // the next one sees have left the window: 0 and least_crop() to length() are possible.
-  void crop(std::int64_t length);
+  // the next one sees have left the window: 0 and least_crop() to length() are possible. Throws std::bad_alloc. In both
+  // cases the sequence stays as it was.
+  void crop(const KernelTable& table, std::int64_t length);
   std::int64_t least_crop() const;
 
   // Held while a step runs: two steps on one sequence would write the same pages.
@@ -122,6 +136,10 @@ class Sequence {
  private:
   template <class F>
   void for_pages(const F& f);
+  void fill_page(const KernelTable& table, const KvLayer& layer, std::int64_t page, std::int64_t head) const;
+  // Tokens of a page cut by a crop to `length` that are left as codes only.
+  Range cut(const KvLayer& layer, std::int64_t length) const;
+  void read_back(const KernelTable& table, const KvLayer& layer, Range tokens, float* numbers) const;
 
   KvShape shape_;
   std::int64_t length_ = 0;
