@@ -18,7 +18,13 @@ PAIRS = [(4, 4), (2, 2), (4, 16), (2, 8), (4, 32)]
 @pytest.mark.parametrize("bits", PAIRS, ids=str)
 @pytest.mark.usefixtures("isa")
 def test_scales_by_column_give_what_the_reference_says(bits: tuple[int, int]) -> None:
-    near = ({}, {"sinks": 4, "recent": 32}, {"sinks": 70}, {"recent": 150, "window": 90}, {"softcap": 2.0, "window": 20})
+    near = (
+        {},
+        {"sinks": 4, "recent": 32},
+        {"sinks": 70},
+        {"recent": 150, "window": 90},
+        {"softcap": 2.0, "window": 20},
+    )
     for shape, options in itertools.product([*SHAPES, (90, 200, 2, 1, 48)], near):
         q, k, v = case(*shape)
         kwargs = {"k_bits": bits[0], "v_bits": bits[1], "key_scales": "channel", **options}
@@ -46,12 +52,10 @@ def test_columns_of_different_size_lose_less_with_scales_of_their_own() -> None:
     q, k, v = case(1, 512, 4, 2, 64)
     k[..., 5] += 20  # on one side of 0, as biased keys are
     exact = reference.attend(q, k, v, k_bits=32, v_bits=16)
-    loss = {
-        (bits, scales): float((kernels.attend(q, k, v, k_bits=bits, key_scales=scales) - exact).norm())
-        for bits, scales in itertools.product((4, 2), ("token", "channel"))
-    }
-    assert loss[4, "channel"] < 0.5 * loss[4, "token"]
-    assert loss[2, "channel"] < 0.5 * loss[2, "token"]
+    token, channel = (
+        float((kernels.attend(q, k, v, k_bits=4, key_scales=scales) - exact).norm()) for scales in ("token", "channel")
+    )
+    assert 0.02 * exact.norm() < channel < 0.5 * token
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (2, 8)], ids=str)

@@ -30,7 +30,9 @@ def decoders(tiny_model, tmp_path_factory):
             out: Path = tmp_path_factory.mktemp("columns") / family
             calib = CalibConfig(calib="stdlib", nsamples=2, seqlen=32)
             source = tiny_model(family, blocks=3)
-            models.append(load(quantize_model(source, QuantScheme(4, 32), method="rtn", output=out, calib=calib).folder))
+            models.append(
+                load(quantize_model(source, QuantScheme(4, 32), method="rtn", output=out, calib=calib).folder)
+            )
             made[family] = NativeDecoder.of(models[-1])
         return made[family]
 
@@ -71,7 +73,9 @@ def test_what_was_taken_back_leaves_no_trace(decoders, family: str) -> None:
     # Up to 32 tokens of a long step, and a whole step of up to 256, over the ends of pages.
     decoder, [row], [other] = decoders(family), ids_of(500), ids_of(500)
     other = other.flip(0)
-    for config, length, back in itertools.product((FOUR, KVCacheConfig(2, 4, sinks=0, recent=0)), (270, 320), (1, 20, 32)):
+    for config, length, back in itertools.product(
+        (FOUR, KVCacheConfig(2, 4, sinks=0, recent=0)), (270, 320), (1, 20, 32)
+    ):
         plain, _ = fed(decoder, row, config)
         _, s = fed(decoder, torch.cat([row[: length - back], other[:back]]), config)
         s.crop(length - back)

@@ -153,7 +153,7 @@ def key_columns(k: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     arXiv 2402.02750, section 3, has it as a float). The range of a column always holds 0.
 
     Returns:
-        codes f32[n, H, D], whole numbers; scale f32[H, D], values of a float16; zero f32[H, D], whole numbers up to 255.
+        codes f32[n, H, D], whole numbers; scale f32[H, D], float16 values; zero f32[H, D], whole numbers up to 255.
     """
     top = 2**bits - 1
     low, high = k.amin(0).clamp(max=0), k.amax(0).clamp(min=0)
@@ -167,8 +167,8 @@ def key_columns(k: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 def page_scores(q: Tensor, k: Tensor, bits: int) -> Tensor:
     """Scores f32[H, T, n] of queries f32[T, H, D] and keys f32[n, H_kv, D] of one page, keys as :func:`key_columns`.
 
-    The scales go into the query, which then becomes int8 in groups of ``COLUMN_GROUP`` columns; with s = q * scale it is
-    sum of s * code, less sum of s * zero / steps, the same for all tokens of the page.
+    The scales go into the query, which then becomes int8 in groups of ``COLUMN_GROUP`` columns; with s = q * scale a
+    score is the sum of s * code, less that of s * zero / steps, the same for all tokens of the page.
     """
     heads = q.shape[1] // k.shape[1]
     codes, scale, zero = (x.repeat_interleave(heads, -2) for x in key_columns(k, bits))
