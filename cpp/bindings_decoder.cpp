@@ -90,27 +90,31 @@ KvType kv_type(int bits) {
 }
 
 // Bits of keys and of values, and what KVCacheConfig says besides; see llmq/config.py.
-KvLayerShape layer_shape(std::pair<int, int> bits, int near_bits, bool rotate, std::int64_t sinks,
+KvLayerShape layer_shape(std::pair<int, int> bits, int near_bits, bool by_column, bool rotate, std::int64_t sinks,
                          std::int64_t recent) {
   KvLayerShape shape{.keys = kv_type(bits.first), .values = kv_type(bits.second), .sinks = sinks, .recent = recent};
-  shape.rotate = rotate && bits.first < 8;
+  const KvType columns = bits.first == 4 ? kKv4Columns : kKv2Columns;
+  if (by_column && bits.first < 8) shape.keys = columns;
+  shape.rotate = rotate && !by_column && bits.first < 8;
   // Codes of 8 bits are as good for every token.
   if ((bits.first < 8 || bits.second < 8) && sinks + recent > 0) shape.near = kv_type(near_bits);
+  if (kv_by_column(shape.keys)) shape.near = kv_type(near_bits);
   return shape;
 }
 
 std::unique_ptr<Sequence> new_sequence(const Decoder& decoder, const std::vector<std::pair<int, int>>& layers,
-                                       int near_bits, bool rotate, std::int64_t sinks, std::int64_t recent) {
+                                       int near_bits, bool by_column, bool rotate, std::int64_t sinks,
+                                       std::int64_t recent) {
   std::vector<KvLayerShape> shapes;
-  for (const auto& bits : layers) shapes.push_back(layer_shape(bits, near_bits, rotate, sinks, recent));
+  for (const auto& bits : layers) shapes.push_back(layer_shape(bits, near_bits, by_column, rotate, sinks, recent));
   return std::make_unique<Sequence>(decoder.kv_shape(std::move(shapes)));
 }
 
 // Attention of the last `count` of `length` tokens, as one layer of a decoder computes it. Rotation is the caller's.
 void attend(Address q, Address k, Address v, std::int64_t count, std::int64_t length, std::int64_t heads,
-            std::int64_t kv_heads, std::int64_t head_dim, std::pair<int, int> bits, std::int64_t sinks,
+            std::int64_t kv_heads, std::int64_t head_dim, std::pair<int, int> bits, bool by_column, std::int64_t sinks,
             std::int64_t recent, std::int64_t window, float softcap, Address out) {
-  KvLayerShape shape = layer_shape(bits, 16, false, sinks, recent);
+  KvLayerShape shape = layer_shape(bits, 16, by_column, false, sinks, recent);
   shape.window = window;
   const py::gil_scoped_release unlocked;
   const KernelTable& table = current_table();
@@ -123,6 +127,7 @@ void attend(Address q, Address k, Address v, std::int64_t count, std::int64_t le
       const std::int64_t first = t * kv_heads * head_dim;
       sequence.append(table, 0, t, at<const float>(k) + first, at<const float>(v) + first);
     }
+    sequence.fill_pages(table, 0, start, n);
   };
   while (sequence.length() < length - count) {
     const std::int64_t n = std::min(kChunkTokens, length - count - sequence.length());
@@ -201,7 +206,7 @@ void bind_sequence(py::module_& m) {
           "crop",
           [](Sequence& s, std::int64_t length) {
             const auto held = s.lock();
-            s.crop(length);
+            s.crop(current_table(), length);
           },
           "length"_a)
       .def(
@@ -221,14 +226,14 @@ void bind_sequence(py::module_& m) {
 
 void bind_decoder(py::module_& m) {
   m.def("attend", &attend, py::kw_only(), "q"_a, "k"_a, "v"_a, "count"_a, "length"_a, "heads"_a, "kv_heads"_a,
-        "head_dim"_a, "bits"_a, "sinks"_a, "recent"_a, "window"_a, "softcap"_a, "out"_a);
+        "head_dim"_a, "bits"_a, "by_column"_a, "sinks"_a, "recent"_a, "window"_a, "softcap"_a, "out"_a);
   bind_matrix(m);
   bind_spec(m);
   bind_sequence(m);
   py::class_<Decoder>(m, "Decoder", "Steps of a whole model; see cpp/engine/decoder.h.")
       .def(py::init<DecoderSpec>(), "spec"_a)
-      .def("new_sequence", &new_sequence, py::kw_only(), "layers"_a, "near_bits"_a, "rotate"_a, "sinks"_a, "recent"_a,
-           "layers: bits of keys and of values, one pair a layer; 32 and 16 are floats")
+      .def("new_sequence", &new_sequence, py::kw_only(), "layers"_a, "near_bits"_a, "by_column"_a, "rotate"_a,
+           "sinks"_a, "recent"_a, "layers: bits of keys and of values, one pair a layer; 32 and 16 are floats")
       .def(
           "forward",
           [](const Decoder& d, Address ids, std::vector<std::int64_t> counts, std::vector<Sequence*> sequences,

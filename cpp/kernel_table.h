@@ -57,16 +57,23 @@ constexpr int kHeadPadding = 16;
 // Attention looks at keys in parts of this many tokens, the first of which begins at token 0.
 constexpr int kPartTokens = 128;
 
-// How keys or values are stored; the kernels' arrays hold them in this order.
-enum KvType { kKvHalf, kKvFloat, kKv8, kKv4, kKv2, kKvTypes };
+// Tokens of a page whose keys have a scale a column.
+constexpr int kColumnTokens = 64;
+
+// How keys or values are stored; the kernels' arrays hold them in this order. Those from kKvTypes on are for keys: a
+// column has one scale and zero over a page of kColumnTokens tokens, and a page is stored as a whole.
+enum KvType { kKvHalf, kKvFloat, kKv8, kKv4, kKv2, kKvTypes, kKv4Columns = kKvTypes, kKv2Columns, kKeyTypes };
 constexpr int kv_bits(KvType type) {
-  return type == kKvHalf ? 16 : type == kKvFloat ? 32 : type == kKv8 ? 8 : type == kKv4 ? 4 : 2;
+  return type == kKvHalf ? 16 : type == kKvFloat ? 32 : type == kKv8 ? 8 : type == kKv4 || type == kKv4Columns ? 4 : 2;
 }
 constexpr bool kv_is_code(KvType type) { return type >= kKv8; }
+constexpr bool kv_by_column(KvType type) { return type >= kKvTypes; }
 // 8-bit codes are symmetric, codes of fewer bits have a zero point.
 constexpr bool kv_has_zero(KvType type) { return type > kKv8; }
 // Columns of a head that share a scale and zero: of a key, and of the query that meets it; of a value.
 constexpr int kKeyGroup = 32;
+// Columns of a query, times the scales of a page of keys, that share a scale.
+constexpr int kColumnGroup = 64;
 constexpr int value_group(KvType type) { return type == kKv8 ? 128 : type == kKv4 ? 64 : 32; }
 constexpr int kMaxKvGroup = 128;
 
@@ -79,7 +86,8 @@ constexpr int kMaxKvGroup = 128;
 //   values  [columns / 16 / (8 / bits), rounded up][T / 2][16][2] bytes: byte (c, token) of a pair of tokens holds,
 //   from
 //           its lowest bits on, the columns c, c + 16, ... of the token; 8-bit codes are signed, less 128
-// from `scales` on f16: keys [T / 16][groups][16], values [groups][T]; from `zeros` on u8 zeros in the same order.
+// from `scales` on f16: keys [T / 16][groups][16], values [groups][T]; from `zeros` on u8 zeros in the same order. Keys
+// with scales by column: f16 [dim], u8 [dim], and x ~ scale * (code - zero * (2^bits - 1) / 255).
 struct KvRows {
   void* const* pages;                // by number
   int page_shift;                    // log2 T
@@ -100,7 +108,9 @@ struct ScoreJob {
   KvRows keys;
   Range tokens;           // begin a multiple of kKeyTokens; the last block may go beyond end
   const float* const* q;  // rows of f32[dim], already scaled
-  QuantizedRows codes;    // the same rows, for keys that are codes, in groups of kKeyGroup columns
+  // The same rows, for keys that are codes, in groups of kKeyGroup columns. With scales by column: memory for the
+  // kernel, in groups of kColumnGroup.
+  QuantizedRows codes;
   std::int64_t rows;
   float* out;
 };
@@ -181,8 +191,13 @@ struct KernelTable {
   // Store key or value f32[dim] of one token.
   void (*append_key[kKvTypes])(const KvRows& keys, std::int64_t token, const float* key);
   void (*append_value[kKvTypes])(const KvRows& values, std::int64_t token, const float* value);
+  // Store the keys f32[tokens, dim] of a page, or of its last tokens, with scales by column.
+  void (*store_key_page[kKeyTypes - kKvTypes])(const KvRows& keys, Range tokens, const float* x);
+  // out f32[dim] = the key or value of one token, as it is stored.
+  void (*take_key[kKeyTypes])(const KvRows& keys, std::int64_t token, float* out);
+  void (*take_value[kKvTypes])(const KvRows& values, std::int64_t token, float* out);
   // Attention of some query rows to a part of one head's tokens, in three steps.
-  void (*key_scores[kKvTypes])(const ScoreJob& job);
+  void (*key_scores[kKeyTypes])(const ScoreJob& job);
   void (*softmax)(const SoftmaxJob& job);
   void (*sum_values[kKvTypes])(const ValueJob& job);
 

@@ -197,8 +197,7 @@ class KVCacheConfig:
     v_bits: int = option(16, "bits of a cached value", choices=KV_BITS)
     key_scales: str = option(
         "channel",
-        "scales of keys below 8 bits: of a column over a block of tokens (channel), or of a part of a token (token; "
-        "the native decoder always has these)",
+        "scales of keys below 8 bits: of a column over a block of tokens (channel), or of a part of a token (token)",
         choices=KEY_SCALES,
     )
     rotate: bool = option(

@@ -202,7 +202,7 @@ def test_logits_with_a_quantized_cache_are_near_those_without(folders, family: s
 
 
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("kv", ["16", "8", "4"])
+@pytest.mark.parametrize("kv", ["16", "8", "4", "4 by token"])
 @pytest.mark.parametrize("bits", [8, 16])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_one_token_or_many_and_any_number_of_threads_give_the_same_bits(
@@ -212,7 +212,8 @@ def test_one_token_or_many_and_any_number_of_threads_give_the_same_bits(
     model = load(folders(family))
     set_activation_bits(model, bits)
     decoder = NativeDecoder.of(model)
-    config = KVCacheConfig.parse(kv)
+    config = KVCacheConfig.parse(kv.split()[0])
+    config = replace(config, key_scales="token") if "token" in kv else config
     [row] = ids_of(330)
     together = decoder.forward([row], [decoder.new_sequence(kv=config)], output="all")
     for count in (1, 2, 3):
@@ -307,10 +308,11 @@ def test_sequences_are_cropped_copied_and_grown_again(folders, kv: str, nbytes: 
     assert s.nbytes == nbytes
 
 
-def test_a_cache_with_near_tokens_is_cropped(folders) -> None:
+@pytest.mark.parametrize("key_scales", ["channel", "token"])
+def test_a_cache_with_near_tokens_is_cropped(folders, key_scales: str) -> None:
     # 32 tokens of a long step can be taken back without a trace; beyond, what was recent once is seen as codes.
     decoder = NativeDecoder.of(load(folders("qwen3")))
-    config = KVCacheConfig(4, 4, sinks=20, recent=40)
+    config = KVCacheConfig(4, 4, key_scales=key_scales, sinks=20, recent=40)
     [row] = ids_of(390)
 
     def after(*cuts: int) -> Tensor:
@@ -335,7 +337,7 @@ def test_a_cache_with_near_tokens_is_cropped(folders) -> None:
 def test_memory_of_four_bits_with_near_tokens(folders) -> None:
     decoder = NativeDecoder.of(load(folders("llama")))
     [row] = ids_of(500)
-    config = KVCacheConfig(4, 4, sinks=4, recent=64)
+    config = KVCacheConfig(4, 4, key_scales="token", sinks=4, recent=64)
     s, bare = decoder.new_sequence(kv=config), decoder.new_sequence(kv=replace(config, sinks=0, recent=0))
 
     def near_blocks() -> float:
@@ -358,7 +360,7 @@ def test_layers_of_a_sliding_window_hold_no_more_than_it_needs(folders, kv: str)
     sliding = [kind == "sliding_attention" for kind in model.config.layer_types]
     assert any(sliding)
     decoder = NativeDecoder.of(model)
-    config = replace(KVCacheConfig.parse(kv), sinks=0, recent=0)
+    config = replace(KVCacheConfig.parse(kv), key_scales="token", sinks=0, recent=0)
     [row] = ids_of(450)
     s = decoder.new_sequence(kv=config)
     together = decoder.forward([row], [decoder.new_sequence(kv=config)], output="all")

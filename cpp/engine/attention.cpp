@@ -37,7 +37,7 @@ struct Sums {
 struct Rows {
   std::vector<const float*> q;
   std::vector<Range> visible;
-  // As int8, for keys that are codes.
+  // As int8, for keys that are codes; with scales by column made anew for each page.
   std::vector<std::int8_t> codes;
   std::vector<float> scale;
   std::vector<std::int32_t> total;
@@ -100,9 +100,10 @@ class Run {
     return {in_.window > 0 ? std::max<std::int64_t>(0, position - in_.window + 1) : 0, position + 1};
   }
 
-  // The first token that a query at `position` sees as one of the recent ones.
+  // The first token that a query at `position` sees as one of the recent ones, or in the page that is not full yet.
   static std::int64_t first_recent(const KvLayer& layer, std::int64_t position) {
-    const std::int64_t first = std::max<std::int64_t>(0, position + 1 - layer.shape.recent) / kKeyTokens * kKeyTokens;
+    std::int64_t first = std::max<std::int64_t>(0, position + 1 - layer.shape.recent) / kKeyTokens * kKeyTokens;
+    if (kv_by_column(layer.shape.keys)) first = std::min(first, (position + 1) / kColumnTokens * kColumnTokens);
     return std::max(first, layer.near->begin());
   }
 
@@ -111,7 +112,9 @@ class Run {
     const KvLayer& layer = slice.sequence->layer(in_.layer);
     if (!layer.near) return kChunkTokens;
     const std::int64_t beyond = position + 1 - layer.shape.recent;
-    return beyond < 0 ? kKeyTokens - beyond : kKeyTokens - beyond % kKeyTokens;
+    const std::int64_t recent = beyond < 0 ? kKeyTokens - beyond : kKeyTokens - beyond % kKeyTokens;
+    const std::int64_t page = kColumnTokens - (position + 1) % kColumnTokens;
+    return kv_by_column(layer.shape.keys) ? std::min(recent, page) : recent;
   }
 
   void plan(const std::vector<Slice>& slices) {
@@ -152,19 +155,20 @@ class Run {
       kept.q[r] = in_.q + (task.slice->first + token) * in_.q_stride + (task.head * group_ + r % group_) * in_.head_dim;
       kept.visible[r] = visible(task.slice->start + token);
     }
-    if (kv_is_code(task.slice->sequence->layer(in_.layer).stored.key_type())) quantize(kept);
+    const KvType type = task.slice->sequence->layer(in_.layer).stored.key_type();
+    if (kv_is_code(type)) make_codes(kept, type);
     return kept;
   }
 
-  void quantize(Rows& rows) const {
+  void make_codes(Rows& rows, KvType type) const {
     const auto count = static_cast<std::int64_t>(rows.q.size());
     const std::int64_t stride = ceil_div(in_.head_dim, kVectorBytes) * kVectorBytes;
-    const std::int64_t groups = ceil_div(in_.head_dim, kKeyGroup);
+    const std::int64_t groups = ceil_div(in_.head_dim, kv_by_column(type) ? kColumnGroup : kKeyGroup);
     rows.codes.resize(static_cast<std::size_t>(count * stride));
     rows.scale.resize(static_cast<std::size_t>(count * groups));
     rows.total.resize(static_cast<std::size_t>(count * groups));
     rows.quantized = {rows.codes.data(), rows.scale.data(), rows.total.data(), stride, groups};
-    for (std::int64_t r = 0; r < count; ++r) {
+    for (std::int64_t r = 0; r < count && !kv_by_column(type); ++r) {
       const QuantizedRows row{.q = rows.codes.data() + r * stride,
                               .scale = rows.scale.data() + r * groups,
                               .total = rows.total.data() + r * groups,

@@ -268,6 +268,7 @@ void Decoder::store_keys(const KernelTable& table, const Chunk& chunk, std::int6
       }
       s.sequence->append(table, layer, s.start + t, keys, keys + spec_.kv_heads * d);
     });
+    s.sequence->fill_pages(table, layer, s.start, s.count);
   }
 }
 

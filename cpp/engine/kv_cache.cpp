@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "engine/thread_pool.h"
+
 namespace llmq {
 namespace {
 
@@ -13,6 +15,7 @@ constexpr auto kAlignment = static_cast<std::int64_t>(KvPage::kAlignment);
 constexpr int kPageShift = 6;
 constexpr int kNearShift = 4;
 static_assert(kKeyTokens == 1 << kNearShift);
+static_assert(kColumnTokens == 1 << kPageShift);
 
 std::int64_t round_up(std::int64_t n, std::int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -24,13 +27,15 @@ KvPages stored_pages(const KvShape& shape, const KvLayerShape& layer) {
 std::optional<KvPages> near_pages(const KvShape& shape, const KvLayerShape& layer) {
   if (!layer.near) return std::nullopt;
   return KvPages(shape.heads, shape.head_dim, *layer.near, *layer.near, kNearShift, round_up(layer.sinks, kKeyTokens),
-                 layer.recent + kKeyTokens + kCropTokens);
+                 layer.recent + kCropTokens, kv_by_column(layer.keys) ? kColumnTokens : 1);
 }
+
+std::int64_t page_start(std::int64_t token) { return token / kColumnTokens * kColumnTokens; }
 
 }  // namespace
 
 KvPages::KvPages(std::int64_t heads, std::int64_t head_dim, KvType keys, KvType values, int page_shift,
-                 std::int64_t fixed, std::int64_t reach)
+                 std::int64_t fixed, std::int64_t reach, std::int64_t block)
     : head_dim_(head_dim),
       padded_dim_(round_up(head_dim, kHeadPadding)),
       key_type_(keys),
@@ -38,6 +43,7 @@ KvPages::KvPages(std::int64_t heads, std::int64_t head_dim, KvType keys, KvType 
       page_shift_(page_shift),
       fixed_(fixed),
       reach_(reach),
+      block_(block),
       first_(pages_of(fixed)) {
   const std::int64_t tokens = std::int64_t{1} << page_shift;
   const KvRows rows{.pages = nullptr,
@@ -62,9 +68,10 @@ KvPages::KvPages(std::int64_t heads, std::int64_t head_dim, KvType keys, KvType 
   const std::int64_t value_columns =
       kv_is_code(values) ? round_up(head_dim, kHeadPadding * 8 / kv_bits(values)) : padded_dim_;
   values_.data = place(tokens * value_columns * kv_bits(values) / 8);
-  keys_.scales = place(kv_is_code(keys) ? tokens * keys_.groups() * 2 : 0);
+  const std::int64_t key_scales = kv_by_column(keys) ? head_dim : tokens * keys_.groups();
+  keys_.scales = place(kv_is_code(keys) ? key_scales * 2 : 0);
   values_.scales = place(kv_is_code(values) ? tokens * values_.groups() * 2 : 0);
-  keys_.zeros = place(kv_has_zero(keys) ? tokens * keys_.groups() : 0);
+  keys_.zeros = place(kv_has_zero(keys) ? key_scales : 0);
   values_.zeros = place(kv_has_zero(values) ? tokens * values_.groups() : 0);
   head_bytes_ = round_up(at, kAlignment);
   page_bytes_ = heads * head_bytes_;
@@ -78,6 +85,7 @@ KvPages::KvPages(const KvPages& other)
       page_shift_(other.page_shift_),
       fixed_(other.fixed_),
       reach_(other.reach_),
+      block_(other.block_),
       begin_(other.begin_),
       first_(other.first_),
       in_use_(other.in_use_),
@@ -99,14 +107,23 @@ std::int64_t KvPages::bytes(std::unordered_set<const void*>& counted) const {
   return pages * page_bytes_;
 }
 
+std::int64_t KvPages::end_page(std::int64_t tokens) const {
+  return kv_by_column(key_type_) ? tokens >> page_shift_ : pages_of(tokens);
+}
+
+std::int64_t KvPages::first_kept(std::int64_t start) const {
+  const std::int64_t last = std::max<std::int64_t>(0, start - kCropTokens) / block_ * block_;
+  return std::max<std::int64_t>(0, std::min(start - reach_, last));
+}
+
 std::int64_t KvPages::missing(std::int64_t start, std::int64_t count) const {
-  std::int64_t wanted = pages_of(start + count);
+  std::int64_t wanted = end_page(start + count);
   // Between two steps, the pages of the fixed tokens, of those within reach and of the new ones.
-  const std::int64_t within = reach_ + std::min(count, kChunkTokens);
+  const std::int64_t within = std::max(reach_, kCropTokens + block_) + std::min(count, kChunkTokens);
   wanted = std::min(wanted, pages_of(fixed_) + pages_of(within) + 1);
   // Shared pages are of no use to others when they are forgotten, and take a copy when they are written.
   const auto size = static_cast<std::int64_t>(pages_.size());
-  const std::int64_t kept = std::max<std::int64_t>(0, start + count - reach_) >> page_shift_;
+  const std::int64_t kept = first_kept(start + count) >> page_shift_;
   for (std::int64_t i = first_; i < std::min(kept, size); ++i) wanted += pages_[static_cast<std::size_t>(i)].shared();
   for (std::int64_t i = start >> page_shift_; i < size; ++i) wanted += pages_[static_cast<std::size_t>(i)].shared();
   return std::max<std::int64_t>(0, wanted - held());
@@ -123,8 +140,8 @@ void KvPages::give(std::vector<Page> fresh) {
 }
 
 void KvPages::slide(std::int64_t start, std::int64_t count) {
-  const std::int64_t from = std::max(pages_of(fixed_), std::max<std::int64_t>(0, start - reach_) >> page_shift_);
-  const std::int64_t end = pages_of(start + count);
+  const std::int64_t from = std::max(pages_of(fixed_), first_kept(start) >> page_shift_);
+  const std::int64_t end = end_page(start + count);
   if (static_cast<std::int64_t>(pages_.size()) < end) pages_.resize(static_cast<std::size_t>(end));
   for (; first_ < from; ++first_) take_back(first_);
   if (first_ > pages_of(fixed_)) begin_ = std::max(begin_, first_ << page_shift_);
@@ -151,8 +168,24 @@ void KvPages::take_back(std::int64_t number) {
   --in_use_;
 }
 
+std::int64_t KvPages::missing_between(std::int64_t from, std::int64_t end) const {
+  std::int64_t wanted = 0;
+  for (std::int64_t i = from >> page_shift_; i < pages_of(end); ++i) {
+    const bool own = i < static_cast<std::int64_t>(pages_.size()) && pages_[static_cast<std::size_t>(i)] &&
+                     !pages_[static_cast<std::size_t>(i)].shared();
+    wanted += !own;
+  }
+  return std::max<std::int64_t>(0, wanted - static_cast<std::int64_t>(spare_.size()));
+}
+
+void KvPages::reopen(std::int64_t from, std::int64_t end) {
+  for (std::int64_t i = from >> page_shift_; i < pages_of(end); ++i) take_spare(i);
+  first_ = std::max(pages_of(fixed_), from >> page_shift_);
+  begin_ = from;
+}
+
 void KvPages::crop(std::int64_t length) {
-  const std::int64_t end = pages_of(length);
+  const std::int64_t end = end_page(length);
   for (std::int64_t i = end; i < static_cast<std::int64_t>(pages_.size()); ++i) take_back(i);
   pages_.resize(std::min(static_cast<std::size_t>(end), pages_.size()));
   if (length < begin_) {
@@ -245,7 +278,7 @@ void Sequence::append(const KernelTable& table, std::int64_t layer, std::int64_t
       table.append_value[pages.value_type()](pages.values(head), token, values + head * shape_.head_dim);
     }
   };
-  store(at.stored);
+  if (!kv_by_column(at.stored.key_type())) store(at.stored);
   if (at.near) store(*at.near);
 }
 
@@ -256,6 +289,33 @@ void Sequence::skip(std::int64_t count) {
     slide(start, std::min(kChunkTokens, length - start));
   }
   grow(length);
+}
+
+void Sequence::fill_pages(const KernelTable& table, std::int64_t layer, std::int64_t start, std::int64_t count) const {
+  const KvLayer& at = layers_[static_cast<std::size_t>(layer)];
+  const std::int64_t first = start >> kPageShift, pages = ((start + count) >> kPageShift) - first;
+  if (!kv_by_column(at.stored.key_type()) || pages == 0) return;
+  parallel_for(pages * shape_.heads,
+               [&](std::int64_t i) noexcept { fill_page(table, at, first + i / shape_.heads, i % shape_.heads); });
+}
+
+// From the numbers in `near`, so that the codes do not depend on how the tokens came. Tokens that stay there for good
+// are left out: the sinks' keys would set the scales of the others.
+void Sequence::fill_page(const KernelTable& table, const KvLayer& layer, std::int64_t page, std::int64_t head) const {
+  static thread_local std::vector<float> numbers;
+  const std::int64_t dim = shape_.head_dim;
+  const Range tokens{std::max(page << kPageShift, layer.near->fixed()), (page + 1) << kPageShift};
+  if (tokens.begin >= tokens.end) return;
+  numbers.resize(static_cast<std::size_t>(kColumnTokens * dim));
+  const KvPages &near = *layer.near, &stored = layer.stored;
+  for (std::int64_t t = tokens.begin; t < tokens.end; ++t) {
+    table.take_key[near.key_type()](near.keys(head), t, numbers.data() + (t - tokens.begin) * dim);
+  }
+  table.store_key_page[stored.key_type() - kKvTypes](stored.keys(head), tokens, numbers.data());
+  for (std::int64_t t = tokens.begin; t < tokens.end; ++t) {
+    table.take_value[near.value_type()](near.values(head), t, numbers.data());
+    table.append_value[stored.value_type()](stored.values(head), t, numbers.data());
+  }
 }
 
 void Sequence::grow(std::int64_t length) {
@@ -281,13 +341,48 @@ std::vector<const KvPages*> Sequence::pages() const {
   return all;
 }
 
-void Sequence::crop(std::int64_t length) {
+Range Sequence::cut(const KvLayer& layer, std::int64_t length) const {
+  if (!kv_by_column(layer.stored.key_type())) return {0, 0};
+  const std::int64_t from = std::max(page_start(length), layer.near->fixed());
+  return {from, std::min(length, layer.near->begin())};
+}
+
+void Sequence::read_back(const KernelTable& table, const KvLayer& layer, Range tokens, float* numbers) const {
+  const KvPages &near = *layer.near, &stored = layer.stored;
+  for (std::int64_t head = 0; head < shape_.heads; ++head) {
+    for (std::int64_t t = tokens.begin; t < tokens.end; ++t) {
+      table.take_key[stored.key_type()](stored.keys(head), t, numbers);
+      table.append_key[near.key_type()](near.keys(head), t, numbers);
+      table.take_value[stored.value_type()](stored.values(head), t, numbers);
+      table.append_value[near.value_type()](near.values(head), t, numbers);
+    }
+  }
+}
+
+void Sequence::crop(const KernelTable& table, std::int64_t length) {
   const std::int64_t least = least_crop();
   if (length < 0 || length > length_ || (length > 0 && length < least)) {
     throw std::invalid_argument("cannot crop a sequence of " + std::to_string(length_) + " tokens to " +
                                 std::to_string(length) + "; use " + std::to_string(least) + " to " +
                                 std::to_string(length_) +
                                 (least > 0 ? ", or 0: layers of a sliding window forget what lies before it" : ""));
+  }
+  // The page that is cut is open again: its tokens become numbers, those that their codes stand for.
+  std::vector<std::vector<KvPages::Page>> fresh(layers_.size());
+  for (std::size_t i = 0; i < layers_.size(); ++i) {
+    const Range tokens = cut(layers_[i], length);
+    if (tokens.begin >= tokens.end) continue;
+    KvPages& near = *layers_[i].near;
+    fresh[i] = near.new_pages(near.missing_between(tokens.begin, tokens.end));
+  }
+  std::vector<float> numbers(static_cast<std::size_t>(shape_.head_dim));
+  for (std::size_t i = 0; i < layers_.size(); ++i) {
+    KvLayer& layer = layers_[i];
+    const Range tokens = cut(layer, length);
+    if (tokens.begin >= tokens.end) continue;
+    layer.near->give(std::move(fresh[i]));
+    layer.near->reopen(tokens.begin, tokens.end);
+    read_back(table, layer, tokens, numbers.data());
   }
   length_ = length;
   for_pages([&](KvPages& pages) { pages.crop(length); });

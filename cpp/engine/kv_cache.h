@@ -37,6 +37,7 @@ class OutOfMemory : public std::bad_alloc {
 
 // How one layer stores its tokens. Where `near` is set, tokens are stored in that type as well as long as a query sees
 // them so: the first `sinks` and the last `recent` before each query, both rounded up to whole blocks of kKeyTokens.
+// Keys with scales by column need it: what the last page, not full yet, holds is stored in `near` only, and seen so.
 struct KvLayerShape {
   KvType keys, values;
   bool rotate = false;  // keys, and the queries that meet them, are rotated by a Hadamard matrix
@@ -57,9 +58,10 @@ class KvPages {
  public:
   static constexpr std::int64_t kEverything = std::int64_t{1} << 60;
 
-  // The first `fixed` tokens and `reach` before those of a step stay, the others are forgotten.
+  // The first `fixed` tokens and `reach` before those of a step stay, the others are forgotten; `block` tokens
+  // together, as long as one of them may be the last.
   KvPages(std::int64_t heads, std::int64_t head_dim, KvType keys, KvType values, int page_shift, std::int64_t fixed,
-          std::int64_t reach);
+          std::int64_t reach, std::int64_t block = 1);
   KvPages(const KvPages& other);
   KvPages(KvPages&&) = default;
 
@@ -83,6 +85,10 @@ class KvPages {
   void slide(std::int64_t start, std::int64_t count);
   // Forget the tokens behind `length`, and pages that are not in use.
   void crop(std::int64_t length);
+  // Pages that it takes to hold all tokens from `from` to `end` again, where they can be written.
+  std::int64_t missing_between(std::int64_t from, std::int64_t end) const;
+  // Hold them, out of pages that were given; what they contain is the caller's.
+  void reopen(std::int64_t from, std::int64_t end);
 
   KvRows keys(std::int64_t head) const;
   KvRows values(std::int64_t head) const;
@@ -101,6 +107,9 @@ class KvPages {
 
  private:
   std::int64_t pages_of(std::int64_t tokens) const;
+  // Of `tokens` tokens; keys with scales by column have none for those that do not fill it.
+  std::int64_t end_page(std::int64_t tokens) const;
+  std::int64_t first_kept(std::int64_t start) const;
   std::int64_t held() const { return in_use_ + static_cast<std::int64_t>(spare_.size()); }
   void take_back(std::int64_t number);
   // A page that may be written.
@@ -109,7 +118,7 @@ class KvPages {
   std::int64_t head_dim_, padded_dim_;
   KvType key_type_, value_type_;
   int page_shift_;
-  std::int64_t fixed_, reach_, begin_ = 0;
+  std::int64_t fixed_, reach_, block_, begin_ = 0;
   std::int64_t first_;  // page beyond the fixed ones before which none is held
   std::int64_t in_use_ = 0;
   KvRows keys_, values_;  // of head 0
@@ -144,11 +153,15 @@ class Sequence {
               const float* values) const;
   // Room for `count` more tokens, counted as if they had been stored: shows the memory that they take.
   void skip(std::int64_t count);
+  // Make codes of the pages that the `count` tokens from `start` on fill, where keys have scales by column; all of them
+  // must have been appended.
+  void fill_pages(const KernelTable& table, std::int64_t layer, std::int64_t start, std::int64_t count) const;
   // The tokens up to `length` count from now on; their keys and values have been stored.
   void grow(std::int64_t length);
   // Forget the tokens behind `length`. Throws std::invalid_argument when there are not so many, or where tokens that
-  // the next one sees have left the window: 0 and least_crop() to length() are possible.
-  void crop(std::int64_t length);
+  // the next one sees have left the window: 0 and least_crop() to length() are possible. Throws std::bad_alloc. In both
+  // cases the sequence stays as it was.
+  void crop(const KernelTable& table, std::int64_t length);
   std::int64_t least_crop() const;
 
   // Held while a call changes the sequence, or reads its pages: two steps would write the same ones. Throws
@@ -169,6 +182,10 @@ class Sequence {
       if (layer.near) f(*layer.near);
     }
   }
+  void fill_page(const KernelTable& table, const KvLayer& layer, std::int64_t page, std::int64_t head) const;
+  // Tokens of a page cut by a crop to `length` that are left as codes only.
+  Range cut(const KvLayer& layer, std::int64_t length) const;
+  void read_back(const KernelTable& table, const KvLayer& layer, Range tokens, float* numbers) const;
 
   KvShape shape_;
   std::int64_t length_ = 0;

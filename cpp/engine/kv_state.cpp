@@ -25,7 +25,7 @@ void KvPages::read(std::byte* out) const {
 }
 
 void KvPages::restore(const Held& held, std::int64_t length, const std::byte* bytes) {
-  const std::int64_t end = pages_of(length), fixed = pages_of(fixed_);
+  const std::int64_t end = end_page(length), fixed = pages_of(fixed_);
   bool fits = held.first >= fixed && held.first <= std::max(fixed, end) && held.begin >= 0 &&
               held.begin % kKeyTokens == 0 && held.begin < length + kKeyTokens;
   std::int64_t last = -1;
@@ -61,6 +61,11 @@ void Sequence::restore(std::int64_t length, const std::vector<KvPages::Held>& he
     if (layer.stored.begin() > 0 && layer.shape.window == 0) {
       throw std::invalid_argument("pages of a layer that forgets nothing begin at token " +
                                   std::to_string(layer.stored.begin()));
+    }
+    const std::int64_t open = length / kColumnTokens * kColumnTokens;
+    if (kv_by_column(layer.shape.keys) && layer.near->begin() > std::max(open, layer.near->fixed())) {
+      throw std::invalid_argument("tokens of the page that is not full, from " + std::to_string(open) + " to " +
+                                  std::to_string(layer.near->begin()) + ", are missing");
     }
   }
   if (made.least_crop() > length) {

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.config import QuantScheme, one_of
+from llmq.config import KEY_SCALES, QuantScheme, one_of
 from llmq.kernels import reference
 from llmq.qtensor import QTensor
 
@@ -314,6 +314,7 @@ def attend(
     *,
     k_bits: int = 16,
     v_bits: int = 16,
+    key_scales: str = "token",
     sinks: int = 0,
     recent: int = 0,
     window: int = 0,
@@ -325,6 +326,8 @@ def attend(
         q: f32[T, H, D], already scaled.
         k, v: f32[L, H_kv, D], L >= T; H is a multiple of H_kv.
         k_bits, v_bits: 32, 16, 8, 4 or 2.
+        key_scales: of keys of fewer than 8 bits: of a part of a ``token``, or of a column over 64 tokens (``channel``);
+            then the tokens that do not fill such a page yet are seen in 16 bits.
         sinks, recent: tokens that are seen in 16 bits where keys or values have fewer than 8 (reference.near).
         window: tokens that a token sees, itself included; 0: all.
         softcap: of the scores; 0: none.
@@ -334,8 +337,9 @@ def attend(
 
     Raises:
         TypeError: q, k or v is not f32.
-        ValueError: shapes that do not fit, or unknown bits.
+        ValueError: shapes that do not fit, or unknown bits or key_scales.
     """
+    one_of("key_scales", key_scales, KEY_SCALES)
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_f32(name, x)
     fits = q.dim() == k.dim() == 3 and k.shape == v.shape and q.shape[2] == k.shape[2]
@@ -344,7 +348,7 @@ def attend(
         raise ValueError(f"q, k, v have shapes {shapes}; attention needs [T, H, D] and twice [L, H_kv, D], L >= T")
     if current_isa() == REFERENCE:
         bits = {"k_bits": k_bits, "v_bits": v_bits, "sinks": sinks, "recent": recent}
-        return reference.attend(q, k, v, **bits, window=window, softcap=softcap)
+        return reference.attend(q, k, v, **bits, key_scales=key_scales, window=window, softcap=softcap)
     follow_torch()
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     out = torch.empty_like(q)
@@ -358,6 +362,7 @@ def attend(
         kv_heads=k.shape[1],
         head_dim=q.shape[2],
         bits=(k_bits, v_bits),
+        by_column=key_scales == "channel",
         sinks=sinks,
         recent=recent,
         window=window,

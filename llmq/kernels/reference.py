@@ -91,6 +91,9 @@ KEY_GROUP = {8: 32, 4: 32, 2: 32}
 VALUE_GROUP = {8: 128, 4: 64, 2: 32}
 QUERY_GROUP = 32
 KV_BLOCK = 16  # tokens that change together from 16 bits to codes
+# Keys with scales by column: tokens that share one, and columns of a query, times these scales, that share another.
+KV_PAGE = 64
+COLUMN_GROUP = 64
 
 
 def round_kv(x: Tensor, bits: int, groups: dict[int, int]) -> Tensor:
@@ -125,15 +128,54 @@ def hadamard(x: Tensor) -> Tensor:
     return rotated.reshape(x.shape)
 
 
-def near(count: int, length: int, sinks: int, recent: int) -> Tensor:
+def near(count: int, length: int, sinks: int, recent: int, *, by_column: bool = False) -> Tensor:
     """bool[T, L]: which tokens the last T of L see in 16 bits: the first ``sinks`` and the last ``recent`` before each.
 
-    Both are rounded up to whole blocks of ``KV_BLOCK`` tokens.
+    Both are rounded up to whole blocks of ``KV_BLOCK`` tokens. With scales by column also those of the page that the
+    token itself does not fill yet.
     """
     position = torch.arange(length - count, length)[:, None]
     first = (position + 1 - recent).clamp(min=0) // KV_BLOCK * KV_BLOCK
+    if by_column:
+        first = torch.minimum(first, (position + 1) // KV_PAGE * KV_PAGE)
     token = torch.arange(length)
-    return (token >= first) | (token < -(-sinks // KV_BLOCK) * KV_BLOCK)
+    return (token >= first) | (token < _fixed(sinks))
+
+
+def _fixed(sinks: int) -> int:
+    return -(-sinks // KV_BLOCK) * KV_BLOCK
+
+
+def key_columns(k: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys f32[n, H, D] of (the rest of) a page, with a scale and a zero a column: k ~ scale * (code - zero / steps).
+
+    ``steps`` is 255 / (2**bits - 1), so that a byte says more of the zero than a whole number of codes would (KIVI,
+    arXiv 2402.02750, section 3, has it as a float). The range of a column always holds 0.
+
+    Returns:
+        codes f32[n, H, D], whole numbers; scale f32[H, D], float16 values; zero f32[H, D], whole numbers up to 255.
+    """
+    top = 2**bits - 1
+    low, high = k.amin(0).clamp(max=0), k.amax(0).clamp(min=0)
+    scale = ((high - low) / torch.full_like(low, top)).half().float()  # a tensor: see quantize_rows
+    inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
+    zero = (-low * inverse * (255 // top)).round().clamp(0, 255)
+    codes = (k * inverse + zero / torch.full_like(zero, 255 // top)).round().clamp(0, top)
+    return codes, scale, zero
+
+
+def page_scores(q: Tensor, k: Tensor, bits: int) -> Tensor:
+    """Scores f32[H, T, n] of queries f32[T, H, D] and keys f32[n, H_kv, D] of one page, keys as :func:`key_columns`.
+
+    The scales go into the query, which then becomes int8 in groups of ``COLUMN_GROUP`` columns; with s = q * scale a
+    score is the sum of s * code, less that of s * zero / steps, the same for all tokens of the page.
+    """
+    heads = q.shape[1] // k.shape[1]
+    codes, scale, zero = (x.repeat_interleave(heads, -2) for x in key_columns(k, bits))
+    scaled = (q * scale).flatten(0, 1)
+    rounded, step, _ = quantize_rows(scaled, COLUMN_GROUP)
+    s = (rounded.float() * step.repeat_interleave(COLUMN_GROUP, 1)[:, : q.shape[2]]).view(q.shape)
+    return torch.einsum("thd,nhd->htn", s, codes - zero / (255 // (2**bits - 1)))
 
 
 def attention_weights(
@@ -141,6 +183,8 @@ def attention_weights(
     k: Tensor,
     *,
     k_bits: int,
+    by_column: bool = False,
+    sinks: int = 0,
     seen_near: Tensor | None = None,
     window: int = 0,
     softcap: float = 0.0,
@@ -154,6 +198,13 @@ def attention_weights(
 
     if k_bits >= 16:
         s = scores(q, k_bits)
+    elif by_column:
+        # From the numbers that were held in 16 bits; what no query sees as codes is 0.
+        s = torch.zeros(heads, count, length, dtype=q.dtype)
+        for page in range(0, length - KV_PAGE + 1, KV_PAGE):
+            at = slice(max(page, _fixed(sinks)), page + KV_PAGE)
+            if at.start < at.stop:
+                s[..., at] = page_scores(q, k[at].half().float(), k_bits)
     else:
         codes, scale, _ = quantize_rows(q.reshape(-1, dim), QUERY_GROUP)
         rounded = (codes.float() * scale.repeat_interleave(QUERY_GROUP, 1)[:, :dim]).view(q.shape)
@@ -174,6 +225,7 @@ def attend(
     *,
     k_bits: int,
     v_bits: int,
+    key_scales: str = "token",
     sinks: int = 0,
     recent: int = 0,
     window: int = 0,
@@ -185,6 +237,7 @@ def attend(
         q: f32[T, H, D], already scaled.
         k, v: f32[L, H_kv, D]; H is a multiple of H_kv, neighbouring query heads share one.
         k_bits, v_bits: how keys and values are cached (:func:`round_kv`); queries meet keys that are codes as int8.
+        key_scales: ``channel``: keys of fewer than 8 bits have a scale a column (:func:`key_columns`).
         sinks, recent: tokens that are seen in 16 bits where either has fewer than 8 (:func:`near`).
         window: tokens that a token sees, itself included; 0: all.
         softcap: of the scores; 0: none.
@@ -192,11 +245,16 @@ def attend(
     Returns:
         f32[T, H, D].
     """
-    seen_near = near(len(q), len(k), sinks, recent) if min(k_bits, v_bits) < 8 and sinks + recent else None
-    weights = attention_weights(q, k, k_bits=k_bits, seen_near=seen_near, window=window, softcap=softcap)
+    by_column, seen_near = key_scales == "channel" and k_bits < 8, None
+    if by_column or (min(k_bits, v_bits) < 8 and sinks + recent):
+        seen_near = near(len(q), len(k), sinks, recent, by_column=by_column)
+    weights = attention_weights(
+        q, k, k_bits=k_bits, by_column=by_column, sinks=sinks, seen_near=seen_near, window=window, softcap=softcap
+    )
 
     def summed(weights: Tensor, bits: int) -> Tensor:
-        values = round_kv(v, bits, VALUE_GROUP).repeat_interleave(q.shape[1] // v.shape[1], 1)
+        held = v.half().float() if by_column else v
+        values = round_kv(held, bits, VALUE_GROUP).repeat_interleave(q.shape[1] // v.shape[1], 1)
         return torch.einsum("htl,lhd->thd", weights, values)
 
     if seen_near is None:

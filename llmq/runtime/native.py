@@ -111,7 +111,12 @@ class NativeDecoder:
         kv, near_bits = kv or KVCacheConfig(), 8 * kv_dtype.itemsize
         layers = _layer_bits(kv, near_bits, self.n_layers)
         made = self._core.new_sequence(
-            layers=layers, near_bits=near_bits, rotate=kv.rotate, sinks=kv.sinks, recent=kv.recent
+            layers=layers,
+            near_bits=near_bits,
+            by_column=kv.key_scales == "channel",
+            rotate=kv.rotate,
+            sinks=kv.sinks,
+            recent=kv.recent,
         )
         return Sequence(made)
 
