@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llmq import calibration
-from llmq.config import CalibConfig, QuantScheme
+from llmq.config import BudgetConfig, CalibConfig, QuantScheme
 from llmq.models.load import SourceModel
 from llmq.plan import Plan, make_plan
 from llmq.report import Log
@@ -19,7 +19,7 @@ class Job:
 
     Attributes:
         source: the model.
-        scheme, head_bits, method, options, calib: what was asked for.
+        scheme, head_bits, method, options, calib, budget: what was asked for.
         log: gets each line of progress.
         plan: what will be done.
         schemes: of every matrix, by name.
@@ -36,6 +36,7 @@ class Job:
     options: SolverOptions
     calib: CalibConfig
     log: Log
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
     plan: Plan = field(init=False)
     schemes: dict[str, QuantScheme] = field(init=False)
     divergence: dict[str, float] | None = None
@@ -46,6 +47,10 @@ class Job:
 
     def __post_init__(self) -> None:
         self.use({})
+
+    def asked(self) -> dict[str, Any]:
+        """What was asked for, as plain JSON types: the report's options."""
+        return asked(self.scheme, self.options, self.calib, self.budget, self.head_bits)
 
     @property
     def sampled(self) -> bool:
@@ -66,3 +71,11 @@ class Job:
             sampled=self.sampled,
         )
         self.schemes = self.plan.schemes()
+
+
+def asked(
+    scheme: QuantScheme, options: SolverOptions, calib: CalibConfig, budget: BudgetConfig, head_bits: int
+) -> dict[str, Any]:
+    """The options of a run as its report holds them, plain JSON types."""
+    parts = {"calib": asdict(calib), "budget": asdict(budget), "head_bits": head_bits}
+    return {"scheme": str(scheme), **asdict(options), **parts}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from llmq.blockwise import BlockCall, BlockRunner, Observed, Tail, block_inputs,
 from llmq.checkpoint import CheckpointWriter, check_output, matrix_tensors, quantization_config
 from llmq.config import HEAD_BITS, AWQConfig, BudgetConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig, one_of
 from llmq.job import Job
+from llmq.models.digest import model_digest
 from llmq.models.load import materialize, open_model
 from llmq.models.resolve import resolve
 from llmq.plan import check_memory, kept_dtype
@@ -105,7 +106,7 @@ def quantize_model(
     source = open_model(resolved.folder)
     if row.needs_text:
         calibration.check(calib, max_positions=source.max_positions)
-    job = Job(source, scheme, head_bits, row, options, calib, log)
+    job = Job(source, scheme, head_bits, row, options, calib, log, budget)
     if budget.plan:
         job.use(read_plan(budget.plan, job.plan.linears))
     if budget.target_bpw:
@@ -172,11 +173,12 @@ def _run(
         job.plan,
         job.rows,
         **named,
-        options={"scheme": str(job.scheme), **asdict(job.options), "calib": asdict(job.calib)},
+        options=job.asked(),
         calibration=texts.provenance() if texts is not None else None,
         folds=job.folds,
         seconds=seconds,
     )
+    report["model"]["digest"] = model_digest(job.source.folder)
     if job.divergence is not None:
         report["divergence"] = job.divergence
     writer.finish(job.source.folder, config, report, model_card(job.plan, report, writer.folder.name))

@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--head-bits", "--head_bits", type=int, default=8, help="embedding and head: 16, 8 or 4 (default: 8)"
     )
     for title, options in GROUPS:
-        _add_fields(parser.add_argument_group(title), options)
+        add_fields(parser.add_argument_group(title), options)
     after = parser.add_argument_group("afterwards")
     after.add_argument("--eval", metavar="FILE", help="text on which perplexity is measured before and after")
     after.add_argument("--eval-seqlen", type=int, default=2048, help="tokens a window of that text (default: 2048)")
@@ -61,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_fields(group: Any, options: type) -> None:
+def add_fields(group: Any, options: type) -> None:
+    """Add a flag to ``group`` for every field of the dataclass ``options``."""
     for f in dataclasses.fields(options):
         flags = FLAGS.get(f.name, ("--" + f.name.replace("_", "-"),))
         default, text = f.default, f"{f.metadata['help']} (default: {f.default})"
@@ -83,7 +84,8 @@ def _add_fields(group: Any, options: type) -> None:
             )
 
 
-def _options(args: argparse.Namespace, options: type) -> Any:
+def options_of(args: argparse.Namespace, options: type) -> Any:
+    """The dataclass ``options`` with the values of its flags."""
     return options(**{f.name: getattr(args, f.name) for f in dataclasses.fields(options)})
 
 
@@ -92,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
 
     Raises what ``llmq.quantize_model`` raises, and ValueError for an evaluation that could not be made afterwards.
     """
-    scheme, calib = _options(args, QuantScheme), _options(args, CalibConfig)
-    gptq, awq = _options(args, GPTQConfig), _options(args, AWQConfig)
+    scheme, calib = options_of(args, QuantScheme), options_of(args, CalibConfig)
+    gptq, awq = options_of(args, GPTQConfig), options_of(args, AWQConfig)
     if args.eval is not None and not Path(args.eval).is_file():
         raise FileNotFoundError(f"--eval {args.eval}: there is no such file")
     # Only now: the imports take seconds, a typing error should not.
@@ -111,8 +113,8 @@ def run(args: argparse.Namespace) -> int:
         calib=calib,
         gptq=gptq,
         awq=awq,
-        recipe=_options(args, RecipeConfig),
-        budget=_options(args, BudgetConfig),
+        recipe=options_of(args, RecipeConfig),
+        budget=options_of(args, BudgetConfig),
         head_bits=args.head_bits,
         overwrite=args.overwrite,
         device=args.device,

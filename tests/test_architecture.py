@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.verify",
         "llmq.runtime",
         "llmq.score",
+        "llmq.likelihood",
         "llmq.logits",
         "llmq.kv_feed",
         "llmq.kv_budget",
@@ -44,7 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.evaluation",
     ),
     ("llmq",),
-    ("llmq.quantize", "llmq.cli", "llmq.bench"),
+    ("llmq.quantize", "llmq.cli", "llmq.bench", "llmq.sweep"),
     ("eval", "scripts"),
 )
 # Rooms that meet only in QTensor.
