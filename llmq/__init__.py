@@ -14,6 +14,7 @@ from llmq.config import (
     KVCacheConfig,
     QuantScheme,
     RecipeConfig,
+    StatsConfig,
 )
 from llmq.pipeline import QuantizationResult, quantize_model
 from llmq.qtensor import QTensor
@@ -40,6 +41,7 @@ __all__ = [
     "QuantizationResult",
     "RecipeConfig",
     "QuantizedKVCache",
+    "StatsConfig",
     "quantize_model",
     "set_activation_bits",
     "set_kv_cache",

@@ -157,6 +157,18 @@ class BudgetConfig:
 
 
 @dataclass(frozen=True)
+class StatsConfig:
+    """Statistics of the original model's inputs, kept for runs with other bits, groups and options."""
+
+    save_stats: str = option("", "folder for statistics of the original model, for later runs with --stats")
+    stats: str = option("", "folders of --save-stats, comma-separated: solve from their sum, no text is run")
+
+    def __post_init__(self) -> None:
+        if self.save_stats and self.stats:
+            raise ValueError("--stats runs no text of which --save-stats could keep statistics; use one of the two")
+
+
+@dataclass(frozen=True)
 class AWQConfig:
     """AWQ (Lin et al. 2023, arXiv 2306.00978): activation-aware scaling, then clipping."""
 

@@ -65,7 +65,7 @@ def score_together(
     progress: Progress | None = None,
     kv: KVFeed | None = None,
 ) -> list[Score]:
-    """:func:`score` of several models, the reference's logits computed once for all; ``progress`` is the first one's."""
+    """:func:`score` of several models, the reference's logits made once for all; ``progress`` is the first one's."""
     probe = windows[0, :_PROBE_TOKENS]
     sides = [WindowLogits(m.eval(), probe, kv) for m in models]
     base = None if reference is None else WindowLogits(reference.eval(), probe, None)

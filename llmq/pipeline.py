@@ -15,8 +15,18 @@ from llmq import calibration, kernels
 from llmq.allocate import allocate, check_budget, read_plan
 from llmq.blockwise import BlockCall, BlockRunner, Observed, Tail, block_inputs, verified_tails
 from llmq.checkpoint import CheckpointWriter, check_output, matrix_tensors, quantization_config
-from llmq.config import HEAD_BITS, AWQConfig, BudgetConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig, one_of
-from llmq.job import Job
+from llmq.config import (
+    HEAD_BITS,
+    AWQConfig,
+    BudgetConfig,
+    CalibConfig,
+    GPTQConfig,
+    QuantScheme,
+    RecipeConfig,
+    StatsConfig,
+    one_of,
+)
+from llmq.job import Job, calibration_texts
 from llmq.models.digest import model_digest
 from llmq.models.load import materialize, open_model
 from llmq.models.resolve import resolve
@@ -26,7 +36,6 @@ from llmq.report import (
     Log,
     block_line,
     build_report,
-    duration,
     model_card,
     peak_rss,
     plan_table,
@@ -38,6 +47,7 @@ from llmq.report import (
 from llmq.solvers import METHODS, SOLVERS, Problem, SolverOptions, rtn
 from llmq.solvers.awq import transform_block
 from llmq.solvers.hessian import InputStats, relative_error
+from llmq.stats_bank import check_bank_output, collect, open_bank
 from llmq.tables import outside_blocks
 from llmq.verify import check_folder
 
@@ -66,6 +76,7 @@ def quantize_model(
     awq: AWQConfig | None = None,
     recipe: RecipeConfig | None = None,
     budget: BudgetConfig | None = None,
+    stats: StatsConfig | None = None,
     head_bits: int = 8,
     overwrite: bool = False,
     device: str = "cpu",
@@ -82,6 +93,7 @@ def quantize_model(
         gptq, awq: options of the solvers.
         recipe: what is done around GPTQ to lose less.
         budget: schemes by module, for a size or from a file.
+        stats: statistics of the original model to start from, or where to keep them.
         head_bits: bits of token embedding and head: 16, 8 or 4.
         overwrite: replace ``output`` if it is a model folder.
         device: where to compute; ``cpu``.
@@ -92,21 +104,23 @@ def quantize_model(
         OSError: the disk filled up; nothing is left behind.
     """
     scheme, calib, log = scheme or QuantScheme(), calib or CalibConfig(), log or silent
-    budget = budget or BudgetConfig()
+    budget, stats = budget or BudgetConfig(), stats or StatsConfig()
     options = SolverOptions(gptq or GPTQConfig(), awq or AWQConfig(), recipe or RecipeConfig())
-    _check_method(method, budget)
+    _check_method(method, budget, stats)
     one_of("head_bits", head_bits, HEAD_BITS)
     one_of("device", device, DEVICES)
     kernels.current_isa()  # the check at the end runs on the kernels: a wrong LLMQ_ISA must not wait for it
     row = METHODS[method]
     start = time.perf_counter()
-    if row.needs_text:
+    reads_text = row.needs_text and not stats.stats
+    if reads_text:
         calibration.check(calib, max_positions=None)
     resolved = resolve(str(model), log=log)
     source = open_model(resolved.folder)
-    if row.needs_text:
+    if reads_text:
         calibration.check(calib, max_positions=source.max_positions)
-    job = Job(source, scheme, head_bits, row, options, calib, log, budget)
+    bank = open_bank(stats.stats, source) if stats.stats else None
+    job = Job(source, scheme, head_bits, row, options, calib, log, budget, bank)
     if budget.plan:
         job.use(read_plan(budget.plan, job.plan.linears))
     if budget.target_bpw:
@@ -117,23 +131,36 @@ def quantize_model(
     size = job.plan.bytes_after
     check_output(folder.absolute(), overwrite=overwrite, expected_bytes=size, source=source.folder)
     text = f"{calib.calib}: {calib.nsamples} windows of {calib.seqlen} tokens" if row.needs_text else "none needed"
+    text = text if bank is None else bank.describe()
     named = {"model": str(model), "family": source.family.name, "method": method}
     log(plan_table(job.plan, **named, calibration=text, output=folder))
     with CheckpointWriter(folder, len(source.block_names) + 1, overwrite=overwrite, expected_bytes=size) as writer:
-        texts = _calibration(job)
+        texts = calibration_texts(job)
         seconds = {"calibration": round(time.perf_counter() - start, 2)}
+        if stats.save_stats:
+            assert texts is not None
+            collect(source, texts, Path(stats.save_stats), log)
+            seconds["statistics"] = round(time.perf_counter() - start - seconds["calibration"], 2)
         if budget.target_bpw:
             assert texts is not None
             chosen = allocate(source, job.plan.linears, scheme, budget.target_bpw, texts.tokens, log)
             job.use(chosen.schemes)
             job.divergence = chosen.divergence
-            seconds["allocation"] = round(time.perf_counter() - start - seconds["calibration"], 2)
+            seconds["allocation"] = round(time.perf_counter() - start - sum(seconds.values()), 2)
             log(plan_table(job.plan, **named, calibration=text, output=folder))
         return _run(job, writer, texts, named | {"origin": resolved.origin}, seconds)
 
 
-def _check_method(method: str, budget: BudgetConfig) -> None:
+def _check_method(method: str, budget: BudgetConfig, stats: StatsConfig) -> None:
     one_of("method", method, METHODS)
+    if stats.stats and (METHODS[method].awq or not METHODS[method].needs_text):
+        raise ValueError(f"--stats serves --method gptq; {method} {'runs' if METHODS[method].awq else 'needs no'} text")
+    if stats.stats and budget.target_bpw:
+        raise ValueError("--target-bpw runs text to choose by, and --stats runs none; give the schemes with --plan")
+    if stats.save_stats:
+        if not METHODS[method].needs_text:
+            raise ValueError(f"--save-stats keeps statistics of text, and --method {method} reads none; use gptq")
+        check_bank_output(Path(stats.save_stats))
     if (budget.plan or budget.target_bpw) and METHODS[method].awq:
         raise ValueError(f"--method {method} folds scales for one scheme; schemes by module need gptq or rtn")
     if budget.target_bpw and not METHODS[method].needs_text:
@@ -178,6 +205,8 @@ def _run(
         folds=job.folds,
         seconds=seconds,
     )
+    if job.bank is not None:
+        report["statistics"] = job.bank.to_json() | {"steps_left_out": job.steps_left_out}
     report["model"]["digest"] = model_digest(job.source.folder)
     if job.divergence is not None:
         report["divergence"] = job.divergence
@@ -193,34 +222,6 @@ def _run(
     text = summary(writer.folder, job.plan, report)
     job.log(text)
     return QuantizationResult(writer.folder, report, text)
-
-
-def _calibration(job: Job) -> calibration.CalibrationSet | None:
-    if not job.method.needs_text:
-        return None
-
-    def sampler(n_samples: int, seqlen: int, seed: int) -> Tensor:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(job.source.folder, dtype=torch.float32)
-        began, said = time.perf_counter(), 0.0
-
-        def progress(done: int, total: int) -> None:
-            nonlocal said
-            elapsed = time.perf_counter() - began
-            if elapsed - said > 15 or done == total:
-                said = elapsed
-                left = elapsed / done * (total - done)
-                job.log(f"  sampled {done} of {total} tokens  {done / elapsed:.0f} tokens/s  left {duration(left)}")
-
-        return calibration.sample_from_model(model, job.source.tokenizer, n_samples, seqlen, seed, progress)
-
-    texts = calibration.load(job.calib, job.source.tokenizer, sampler=sampler, log=job.log)
-    job.log(
-        f"calibration: {texts.source}, {texts.tokens.shape[0]} windows of {texts.tokens.shape[1]} tokens, "
-        f"BOS {'in each' if texts.bos else 'none'}{', ' + texts.note if texts.note else ''}"
-    )
-    return texts
 
 
 @dataclass
@@ -281,7 +282,7 @@ def _quantize_block(
     job: Job, name: str, block: nn.Module, runner: BlockRunner | None, originals: list[Tensor]
 ) -> tuple[dict[str, Tensor], list[float]]:
     """(tensors of the block's shard by full name, relative errors of its linears). Advances ``runner``."""
-    groups = [g for g in job.source.family.linear_groups if set(g) <= set(job.source.block_linears(0))]
+    groups = job.source.groups
     shared: dict[str, InputStats] = {}
     teacher = None
     if runner is not None and job.method.awq:
@@ -301,7 +302,7 @@ def _quantize_block(
     tensors: dict[str, Tensor] = {}
     errors = []
     for group in groups:
-        observed = None
+        observed = job.banked(f"{name}.{group[0]}")
         if runner is not None:
             observed = Observed(shared[group[0]]) if shared else runner.observe(group, teacher, _n_held(job))
         for linear_name in group:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmq.config import AWQConfig, BudgetConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig
+from llmq.config import AWQConfig, BudgetConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig, StatsConfig
 
 # Flags of a field where they are not simply --field-name; the first is the one that help shows.
 FLAGS: dict[str, tuple[str, ...]] = {
@@ -23,6 +23,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "n_grid": ("--awq-grid",),
     "only": ("--steps",),
     "target_bpw": ("--target-bpw", "--target_bpw"),
+    "save_stats": ("--save-stats", "--save_stats"),
 }
 GROUPS: tuple[tuple[str, type], ...] = (
     ("grid of the weights", QuantScheme),
@@ -30,6 +31,7 @@ GROUPS: tuple[tuple[str, type], ...] = (
     ("GPTQ", GPTQConfig),
     ("recipe around GPTQ", RecipeConfig),
     ("bits by module", BudgetConfig),
+    ("statistics bank", StatsConfig),
     ("AWQ", AWQConfig),
 )
 
@@ -115,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
         awq=awq,
         recipe=options_of(args, RecipeConfig),
         budget=options_of(args, BudgetConfig),
+        stats=options_of(args, StatsConfig),
         head_bits=args.head_bits,
         overwrite=args.overwrite,
         device=args.device,

@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,10 @@ class Bank:
         train.include(held)
         return Observed(train)
 
+    def to_json(self) -> dict[str, Any]:
+        """For a report: folders, tokens, texts."""
+        return {"folders": [str(f) for f in self.folders], "tokens": self.tokens, "calibration": list(self.calibration)}
+
     def describe(self) -> str:
         """Where the statistics come from, in words."""
         return f"statistics of {self.tokens} tokens in {', '.join(map(str, self.folders))}"
@@ -89,12 +94,10 @@ def collect(source: SourceModel, texts: CalibrationSet, folder: Path, log: Log) 
 
     Raises ValueError for inputs that are not finite; nothing is left behind then.
     """
-    import time
-
     check_bank_output(folder)
     start, held = time.perf_counter(), set(held_windows(len(texts.tokens)))
     hidden, calls = block_inputs(source, texts.tokens)
-    with _partial(folder) as partial:
+    with _Partial(folder) as partial:
         for i, name in enumerate(source.block_names):
             with materialize(source.block(i), name, source.reader) as block:
                 found = _observe(BlockRunner(block, calls[i], hidden, {}), source.groups, held)
@@ -117,18 +120,20 @@ def collect(source: SourceModel, texts: CalibrationSet, folder: Path, log: Log) 
         _write_about(partial, about)
 
 
-def _observe(
-    runner: BlockRunner, groups: Sequence[Sequence[str]], held: set[int]
-) -> dict[tuple[str, str], InputStats]:
+def _observe(runner: BlockRunner, groups: Sequence[Sequence[str]], held: set[int]) -> dict[tuple[str, str], InputStats]:
     """Statistics by (first linear of a group, part) in one pass, which also advances the runner."""
     found: dict[tuple[str, str], InputStats] = {}
     part = PARTS[0]
+
+    def hear(name: str) -> Callable[[Tensor], None]:
+        return lambda x: found[name, part].add(x)
+
     with ExitStack() as stack:
-        for group in groups:
-            linear = runner.block.get_submodule(group[0])
+        for first, *_ in groups:
+            linear = runner.block.get_submodule(first)
             assert isinstance(linear, nn.Linear)
-            found |= {(group[0], p): InputStats(linear.in_features) for p in PARTS}
-            stack.enter_context(listening(linear, lambda x, name=group[0]: found[name, part].add(x)))  # type: ignore[misc]
+            found |= {(first, p): InputStats(linear.in_features) for p in PARTS}
+            stack.enter_context(listening(linear, hear(first)))
         for i in range(len(runner.hidden)):
             part = PARTS[i in held]
             runner.hidden[i] = runner.run(i)
@@ -164,17 +169,18 @@ def open_bank(text: str, source: SourceModel) -> Bank:
 
 
 def merge(folders: Sequence[Path], out: Path) -> None:
-    """Write the bank ``out`` that is the sum of ``folders``; raises as :func:`open_bank` and for banks that differ."""
+    """Write the bank ``out``, the sum of ``folders``. Raises as :func:`open_bank`, and for banks that differ."""
     check_bank_output(out)
     abouts = [_about(folder) for folder in folders]
     for folder, about in zip(folders[1:], abouts[1:], strict=True):
         for key in ("model_digest", "tokenizer_digest"):
             if about[key] != abouts[0][key]:
                 raise ValueError(
-                    f"{folder} has the {key} {about[key]}, {folders[0]} has {abouts[0][key]}; only banks of one model add up"
+                    f"{folder} has the {key} {about[key]}, {folders[0]} has {abouts[0][key]}; "
+                    "only banks of one model add up"
                 )
     bank = _joined(tuple(folders), abouts)
-    with _partial(out) as partial:
+    with _Partial(out) as partial:
         for file in sorted(folders[0].glob("*.safetensors")):
             with safe_open(file, framework="pt") as f:
                 linears = dict.fromkeys(name.rsplit(".", 2)[0] for name in f.keys())  # noqa: SIM118 - not a dict
@@ -193,8 +199,8 @@ def _joined(folders: tuple[Path, ...], abouts: list[dict[str, Any]]) -> Bank:
     for text in texts:
         if seen.count(text["sha256"]) > 1:
             raise ValueError(
-                f"--stats {','.join(map(str, folders))}: the text {text['source']} (sha256 {text['sha256'][:12]}) is in "
-                "it twice; give each part once"
+                f"--stats {','.join(map(str, folders))}: the text {text['source']} (sha256 {text['sha256'][:12]}) "
+                "is in it twice; give each part once"
             )
     return Bank(folders, sum(about["tokens"] for about in abouts), tuple(texts))
 
@@ -212,7 +218,7 @@ def _about(folder: Path) -> dict[str, Any]:
     return about
 
 
-class _partial:
+class _Partial:
     """A folder under a temporary name; renamed at the end, removed after an error."""
 
     def __init__(self, folder: Path) -> None:
@@ -233,7 +239,7 @@ class _partial:
 
 
 def _tensors(name: str, stats: InputStats) -> dict[str, Tensor]:
-    """The stored tensors: the upper triangle of H in fp32 (off by 6e-8 of itself, far below any damping), the rest f64."""
+    """What is stored: the upper triangle of H in fp32 (off by 6e-8, far below any damping), the sums in fp64."""
     rows, columns = torch.triu_indices(*stats.H.shape)
     counts = torch.tensor([stats.n_tokens, stats.n_dropped])
     return {
