@@ -1,6 +1,6 @@
 """Quality at every size: methods, presets, bits and groups on one model, beside its peers, by one protocol.
 
-    python eval/sweep.py --model gemma-3-270m --dataset wikitext2-test.txt --max-windows 12 \\
+    python eval/sweep.py --model gemma-3-270m --eval wikitext2-test.txt --eval-windows 12 \\
         --calib wikitext2-valid.txt --grid "gptq:w4g128,w3g128,w2g64 rtn:w4g128" --presets fast,balanced,best \\
         --json sweep.json --plot sweep.png
     python eval/sweep.py ... --ablation --grid gptq:w3g128 --json ablation.json     # what each step of the recipe buys

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import calibration, kernels
-from llmq.allocate import allocate, check_budget, read_plan
+from llmq.allocate import budget_bytes, check_budget, check_size, choices_of, read_plan
 from llmq.blockwise import BlockCall, BlockRunner, Observed, Tail, block_inputs, verified_tails
 from llmq.checkpoint import CheckpointWriter, check_output, matrix_tensors, quantization_config
 from llmq.config import (
@@ -44,6 +44,7 @@ from llmq.report import (
     summary,
     versions,
 )
+from llmq.smallest import smallest_model
 from llmq.solvers import METHODS, SOLVERS, Problem, SolverOptions, rtn
 from llmq.solvers.awq import transform_block
 from llmq.solvers.hessian import InputStats, relative_error
@@ -122,18 +123,23 @@ def quantize_model(
     bank = open_bank(stats.stats, source) if stats.stats else None
     job = Job(source, scheme, head_bits, row, options, calib, log, budget, bank)
     if budget.plan:
-        job.use(read_plan(budget.plan, job.plan.linears))
-    if budget.target_bpw:
-        check_budget(source, job.plan, scheme, budget.target_bpw)
+        job.use(read_plan(budget.plan, [*job.plan.linears, *job.plan.tables]))
+    if budget.chooses:
+        check_budget(source, job.plan, scheme, budget)
     if job.sampled:
         check_memory(job.plan)
-    folder = Path(output) if output is not None else Path(default_output(str(model), scheme, budget.target_bpw))
+    folder = Path(output) if output is not None else Path(default_output(str(model), scheme, budget))
     size = job.plan.bytes_after
     check_output(folder.absolute(), overwrite=overwrite, expected_bytes=size, source=source.folder)
     text = f"{calib.calib}: {calib.nsamples} windows of {calib.seqlen} tokens" if row.needs_text else "none needed"
     text = text if bank is None else bank.describe()
     named = {"model": str(model), "family": source.family.name, "method": method}
     log(plan_table(job.plan, **named, calibration=text, output=folder))
+    origin = {"origin": resolved.origin}
+    if budget.max_kl:
+        report, plan = smallest_model(job, folder, named | origin, overwrite=overwrite, run=_run)
+        log(summary(folder.absolute(), plan, report))
+        return QuantizationResult(folder.absolute(), report, summary(folder.absolute(), plan, report))
     with CheckpointWriter(folder, len(source.block_names) + 1, overwrite=overwrite, expected_bytes=size) as writer:
         texts = calibration_texts(job)
         seconds = {"calibration": round(time.perf_counter() - start, 2)}
@@ -141,36 +147,43 @@ def quantize_model(
             assert texts is not None
             collect(source, texts, Path(stats.save_stats), log)
             seconds["statistics"] = round(time.perf_counter() - start - seconds["calibration"], 2)
-        if budget.target_bpw:
+        if budget.chooses:
             assert texts is not None
-            chosen = allocate(source, job.plan.linears, scheme, budget.target_bpw, texts.tokens, log)
+            tables = job.plan.tables if budget.target_size else ()
+            found = choices_of(source, job.plan.linears, tables, scheme, texts.tokens, log)
+            chosen = found.within(budget_bytes(source, job.plan, budget))
             job.use(chosen.schemes)
             job.divergence = chosen.divergence
             seconds["allocation"] = round(time.perf_counter() - start - sum(seconds.values()), 2)
             log(plan_table(job.plan, **named, calibration=text, output=folder))
-        return _run(job, writer, texts, named | {"origin": resolved.origin}, seconds)
+        return _run(job, writer, texts, named | origin, seconds)
 
 
 def _check_method(method: str, budget: BudgetConfig, stats: StatsConfig) -> None:
     one_of("method", method, METHODS)
     if stats.stats and (METHODS[method].awq or not METHODS[method].needs_text):
         raise ValueError(f"--stats serves --method gptq; {method} {'runs' if METHODS[method].awq else 'needs no'} text")
-    if stats.stats and budget.target_bpw:
-        raise ValueError("--target-bpw runs text to choose by, and --stats runs none; give the schemes with --plan")
+    if stats.stats and budget.chooses:
+        raise ValueError(f"{budget.flag} runs text to choose by, and --stats runs none; give the schemes with --plan")
+    if stats.save_stats and budget.max_kl:
+        raise ValueError("--max-kl makes many runs; keep the statistics of another one with --save-stats")
     if stats.save_stats:
         if not METHODS[method].needs_text:
             raise ValueError(f"--save-stats keeps statistics of text, and --method {method} reads none; use gptq")
         check_bank_output(Path(stats.save_stats))
-    if (budget.plan or budget.target_bpw) and METHODS[method].awq:
+    if budget.flag and METHODS[method].awq:
         raise ValueError(f"--method {method} folds scales for one scheme; schemes by module need gptq or rtn")
-    if budget.target_bpw and not METHODS[method].needs_text:
-        raise ValueError(f"--target-bpw needs text to choose by, and --method {method} reads none; use gptq")
+    if budget.chooses and not METHODS[method].needs_text:
+        raise ValueError(f"{budget.flag} needs text to choose by, and --method {method} reads none; use gptq")
 
 
-def default_output(model: str, scheme: QuantScheme, target_bpw: float = 0.0) -> str:
+def default_output(model: str, scheme: QuantScheme, budget: BudgetConfig | None = None) -> str:
     """``gemma-3-1b-w4g128`` (or ``gemma-3-1b-3.25bpw``) for ``google/gemma-3-1b`` or ``~/models/gemma-3-1b.gguf``."""
     name = Path(model.rstrip("/")).name.removesuffix(".gguf")
-    return f"{name}-{target_bpw:g}bpw" if target_bpw else f"{name}-{scheme}"
+    if budget is None or not budget.chooses:
+        return f"{name}-{scheme}"
+    what = f"{budget.target_bpw:g}bpw" if budget.target_bpw else f"kl{budget.max_kl:g}"
+    return f"{name}-{budget.target_size or what}"
 
 
 def _run(
@@ -211,6 +224,7 @@ def _run(
     if job.divergence is not None:
         report["divergence"] = job.divergence
     writer.finish(job.source.folder, config, report, model_card(job.plan, report, writer.folder.name))
+    check_size(writer.partial, job.budget)
     job.log("reading the folder back")
     release_memory()
     report["check"] = check_folder(writer.partial, job.plan, job.digests, probe, job.source.block_names)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -133,8 +133,8 @@ def make_plan(
 ) -> Plan:
     """Decide for every tensor of the model; predict time and memory for ``n_tokens`` of calibration.
 
-    ``steps``: of the recipe. ``schemes``: of single linears, by name; the others get ``scheme``. ``sampled``: the model
-    itself writes them first, with all its weights in memory. ``banked``: their statistics are there already.
+    ``steps``: of the recipe. ``schemes``: of single matrices, by name; the other linears get ``scheme``. ``sampled``:
+    the model itself writes the tokens first, all its weights in memory. ``banked``: their statistics are there already.
     """
     linears = [
         Matrix(f"{block}.{name}", n, k, (schemes or {}).get(f"{block}.{name}", scheme))
@@ -142,6 +142,7 @@ def make_plan(
         for name, (n, k) in source.block_linears(i).items()
     ]
     tables, reasons = _tables(source, scheme, head_bits)
+    tables = [replace(m, scheme=(schemes or {}).get(m.name, m.scheme)) for m in tables]
     tied = {m.shared_with: m.name for m in tables if m.shared_with}
     quantized = {f"{m.name}.weight" for m in (*linears, *tables)} | {f"{name}.weight" for name in tied}
     kept = []

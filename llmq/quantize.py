@@ -23,6 +23,8 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "n_grid": ("--awq-grid",),
     "only": ("--steps",),
     "target_bpw": ("--target-bpw", "--target_bpw"),
+    "target_size": ("--target-size", "--target_size"),
+    "max_kl": ("--max-kl", "--max_kl"),
     "save_stats": ("--save-stats", "--save_stats"),
 }
 GROUPS: tuple[tuple[str, type], ...] = (

@@ -41,7 +41,7 @@ def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def flags(model: Path, folder: Path, grid: str = "", *more: str) -> list[str]:
     text = folder / "text.txt"
     text.write_text(TEXT, encoding="utf-8")
-    out = ["--model", str(model), "--dataset", str(text), "--eval-seqlen", "40", "--max-windows", "2"]
+    out = ["--model", str(model), "--eval", str(text), "--eval-seqlen", "40", "--eval-windows", "2"]
     out += ["--calib", str(text), "--nsamples", "3", "--seqlen", "32", "--json", str(folder / "out.json")]
     return [*out, *(["--grid", grid] if grid else []), *more]
 
@@ -174,7 +174,7 @@ def test_a_sweep_is_made_scored_kept_and_taken_up_again(
     assert command.main(["--read", str(tmp_path / "out.json")]) == 0
     assert "| rtn w8g32 |" in capsys.readouterr().out
     # Figures of another protocol never join the table.
-    assert command.main([*flags(folder, tmp_path, "rtn:w8g32"), "--max-windows", "1"]) == 2
+    assert command.main([*flags(folder, tmp_path, "rtn:w8g32"), "--eval-windows", "1"]) == 2
     assert "out.json holds rows of another sweep: protocol was" in capsys.readouterr().err
 
 
@@ -198,7 +198,7 @@ def test_peers_are_scored_by_the_same_protocol(tmp_path: Path) -> None:
     expand_gguf(path, base)
     other = quantize_model(base, QuantScheme(4, 32), method="rtn", head_bits=16, output=tmp_path / "llmq").folder
     (tmp_path / "text.txt").write_text("abcdefgh!!ijklm" * 40)
-    args = ["--model", str(base), "--dataset", str(tmp_path / "text.txt"), "--eval-seqlen", "32", "--max-windows", "2"]
+    args = ["--model", str(base), "--eval", str(tmp_path / "text.txt"), "--eval-seqlen", "32", "--eval-windows", "2"]
     args += ["--json", str(tmp_path / "out.json"), "--peer", f"GGUF={path}", "--peer", f"ours={other}"]
     assert command.main([*args, "--peer", f"broken={tmp_path / 'cache'}"]) == 1
     record = read(tmp_path)

@@ -65,9 +65,9 @@ def build_parser(description: str | None) -> argparse.ArgumentParser:
     for title, options in (("calibration text", CalibConfig), ("GPTQ", GPTQConfig)):
         add_fields(parser.add_argument_group(title), options)
     how = parser.add_argument_group("scoring")
-    how.add_argument("--dataset", metavar="NAME|FILE", help="wikitext2, ptb, c4, or a text file")
+    how.add_argument("--eval", metavar="NAME|FILE", help="wikitext2, ptb, c4, or a text file")
     how.add_argument("--eval-seqlen", type=int, default=2048, help="tokens a window (default: 2048)")
-    how.add_argument("--max-windows", type=int, metavar="N", help="score the first N windows only (default: all)")
+    how.add_argument("--eval-windows", type=int, metavar="N", help="score the first N windows only (default: all)")
     how.add_argument("--bos", default="auto", choices=BOS_MODES, help="BOS in each window, before the first, or none")
     how.add_argument("--activation-bits", type=int, default=16, help="of llmq's rows; 16: float, as peers have (16)")
     how.add_argument("--at-once", type=int, default=3, help="models in memory beside the reference (default: 3)")
@@ -96,7 +96,7 @@ class Sweep:
 
 def prepare(args: argparse.Namespace) -> Sweep:
     """Every check that needs no long work; the record as far as it is."""
-    for name in ("model", "dataset", "json"):
+    for name in ("model", "eval", "json"):
         if not getattr(args, name):
             raise ValueError(f"--{name} is missing: the unquantized model, the text and the record make a sweep")
     if args.at_once < 1:
@@ -111,8 +111,8 @@ def prepare(args: argparse.Namespace) -> Sweep:
     for name in peers:
         if any(row.name == name for row in rows):
             raise ValueError(f"--peer {name} has the name of a row of --grid; give it another")
-    protocol = EvalProtocol(seqlen=args.eval_seqlen, max_windows=args.max_windows, bos=args.bos)
-    text = calibration.text_of(args.dataset)
+    protocol = EvalProtocol(seqlen=args.eval_seqlen, max_windows=args.eval_windows, bos=args.bos)
+    text = calibration.text_of(args.eval)
     reference = find(args.model, log=to_stderr)
     source = open_model(reference.folder)  # refuses a quantized one
     protocol = replace(protocol, bos=resolve_bos(reference.tokenizer, protocol.bos))
@@ -129,7 +129,7 @@ def prepare(args: argparse.Namespace) -> Sweep:
     head = {
         "model": args.model,
         "model_digest": model_digest(reference.folder),
-        "dataset": args.dataset,
+        "dataset": args.eval,
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "protocol": protocol.describe(len(tokens)),
         "activation_bits": args.activation_bits,
