@@ -83,11 +83,19 @@ class Search:
             return None if best[0] - failed[0] <= CLOSE else self._between(failed, best)
         if best is not None or failed is not None:
             at, kl = best or failed or (0.0, 0.0)
-            step = math.log(max(kl, 1e-9) / self.target) / SLOPE
+            step = math.log(max(kl, 1e-9) / self.target) / self._slope()
             # Beyond the point where the target should lie, so that it is between two tries.
             step += math.copysign(CLOSE / 2 + 0.1 * abs(step), step or -1.0)
             return min(max(at + step, self.low), self.high)
         return min(max(FIRST_BITS, self.low), self.high)
+
+    def _slope(self) -> float:
+        """Fall of log KL a bit between the last two tries, within what is plausible; SLOPE after one."""
+        if len(self.tried) < 2:
+            return SLOPE
+        (a, kl_a), (b, kl_b) = self.tried[-2:]
+        fall = (math.log(max(kl_a, 1e-9)) - math.log(max(kl_b, 1e-9))) / (b - a) if a != b else SLOPE
+        return min(max(fall, SLOPE / 4), 2 * SLOPE)
 
     def _between(self, failed: tuple[float, float], best: tuple[float, float]) -> float:
         """Where a line through the logarithms meets the target, a little on the side that keeps it."""
@@ -139,7 +147,7 @@ def smallest_model(
     try:
         while (bits := search.next()) is not None:
             number = len(search.tried) + 1
-            trial = _trial(job, choices, bits * weights / 8)
+            trial = _trial(job, choices, round(bits * weights / 8))
             out = scratch / str(number) / folder.name  # the folder's own name, which its card says
             job.log(f"try {number} of at most {RUNS}: {trial.plan.bits_per_weight:.3f} bits a weight")
             with CheckpointWriter(out, len(job.source.block_names) + 1, overwrite=False) as writer:
@@ -176,7 +184,7 @@ def _texts(job: Job) -> tuple[CalibrationSet, Tensor]:
     return held_out(loaded, count)
 
 
-def _trial(job: Job, choices: Choices, nbytes: float) -> Job:
+def _trial(job: Job, choices: Choices, nbytes: int) -> Job:
     """A job of its own with the best schemes in ``nbytes``; it says only how its blocks go."""
 
     def log(line: str) -> None:
@@ -184,7 +192,7 @@ def _trial(job: Job, choices: Choices, nbytes: float) -> Job:
             job.log(line)
 
     trial = Job(job.source, job.scheme, job.head_bits, job.method, job.options, job.calib, log, job.budget)
-    chosen = choices.within(int(nbytes))
+    chosen = choices.within(nbytes)
     trial.use(chosen.schemes)
     trial.divergence = chosen.divergence
     return trial

@@ -56,9 +56,7 @@ def test_windows_that_are_measured_on_are_not_calibrated_on(tiny_model):
     assert torch.equal(torch.cat([kept.tokens, windows]), texts.tokens)
     assert kept.sha256 != texts.sha256
     assert kept.tokens_kept == 2 * 48
-    with pytest.raises(
-        ValueError, match=r"holds out 3 windows of 48 tokens to measure on, and the text gives 4 in all"
-    ):
+    with pytest.raises(ValueError, match=r"holds out 3 windows of 48 tokens to measure on, and the text gives 4"):
         held_out(texts, 3)
 
 
@@ -145,7 +143,7 @@ def test_a_target_size_is_that_of_the_whole_folder(tiny_model, tmp_path, tied):
     [
         (
             {"target_size": "60k"},
-            r"--target-size 60k is 0.1 MB, and the smallest folder has 0\.\d: linears in 2 bits, the",
+            r"--target-size 60k is 0.1 MB, and the smallest folder has 0\.\d: linears",
         ),
         ({"target_size": "many"}, "size 'many' is not of the form 600M"),
         ({"target_bpw": 3.0, "max_kl": 0.1}, "--target-bpw and --max-kl each say"),

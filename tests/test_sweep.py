@@ -160,10 +160,9 @@ def test_a_sweep_is_made_scored_kept_and_taken_up_again(
     # Nothing is done twice: neither rows of the record, nor folders made with the same options.
     made: list[str] = []
     monkeypatch.setattr(making, "quantize_row", lambda row, *_: made.append(row.name))
-    monkeypatch.setattr(scoring, "score_together", lambda *_, **__: pytest.fail("scored again"))
-    assert command.main(flags(folder, tmp_path, "gptq:w4g32 rtn:w8g32", "--presets", "fast")) == 0
-    monkeypatch.undo()
-    monkeypatch.setattr(making, "quantize_row", lambda row, *_: made.append(row.name))
+    with monkeypatch.context() as m:
+        m.setattr(scoring, "score_together", lambda *_, **__: pytest.fail("scored again"))
+        assert command.main(flags(folder, tmp_path, "gptq:w4g32 rtn:w8g32", "--presets", "fast")) == 0
     again = read(tmp_path)
     del again["rows"]["rtn w8g32"]
     (tmp_path / "out.json").write_text(json.dumps(again))
@@ -200,7 +199,8 @@ def test_peers_are_scored_by_the_same_protocol(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("abcdefgh!!ijklm" * 40)
     args = ["--model", str(base), "--eval", str(tmp_path / "text.txt"), "--eval-seqlen", "32", "--eval-windows", "2"]
     args += ["--json", str(tmp_path / "out.json"), "--peer", f"GGUF={path}", "--peer", f"ours={other}"]
-    assert command.main([*args, "--peer", f"broken={tmp_path / 'cache'}"]) == 1
+    (tmp_path / "empty").mkdir()
+    assert command.main([*args, "--peer", f"broken={tmp_path / 'empty'}"]) == 1
     record = read(tmp_path)
     assert record["rows"]["GGUF"]["bits_per_weight"] == 32.0
     assert record["rows"]["GGUF"]["score"]["kl"] == pytest.approx(0, abs=1e-6)

@@ -226,7 +226,7 @@ def _candidate(job: Sweep, row: Row | str) -> Candidate:
     if isinstance(row, Row):
         made = make_row(row, job.shared, to_stderr)
         counted = of_checkpoint(made.stored, job.source)
-        series = row.name.removesuffix(str(row.scheme)).strip()
+        series = row.name.rpartition(" ")[0]
         return Candidate(row.name, series, made.scored, counted, None if row.is_peer else bits, made.cost)
     path = job.peers[row]
     return Candidate(row, row, path, of_checkpoint(path, job.source), None, {})
