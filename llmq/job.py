@@ -86,8 +86,15 @@ class Job:
         """Whether the model itself writes the calibration text."""
         return self.reads_text and calibration.is_sampled(self.calib)
 
+    def describe_text(self) -> str:
+        """The calibration text, in words."""
+        if self.bank is not None:
+            return self.bank.describe()
+        calib = self.calib
+        return f"{calib.calib}: {calib.nsamples} windows of {calib.seqlen} tokens" if self.reads_text else "none needed"
+
     def use(self, schemes: dict[str, QuantScheme]) -> None:
-        """Plan the run anew with these schemes of single linears; the others get ``scheme``."""
+        """Plan the run anew with these schemes of single matrices; the other linears get ``scheme``."""
         self.plan = make_plan(
             self.source,
             self.scheme,

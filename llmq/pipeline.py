@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import calibration, kernels
-from llmq.allocate import budget_bytes, check_budget, check_size, choices_of, read_plan
+from llmq.allocate import budget_bytes, check_size, choices_of
 from llmq.blockwise import BlockCall, BlockRunner, Observed, Tail, block_inputs, verified_tails
 from llmq.checkpoint import CheckpointWriter, check_output, matrix_tensors, quantization_config
 from llmq.config import (
@@ -28,9 +28,8 @@ from llmq.config import (
 )
 from llmq.job import Job, calibration_texts
 from llmq.models.digest import model_digest
-from llmq.models.load import materialize, open_model
-from llmq.models.resolve import resolve
-from llmq.plan import check_memory, kept_dtype
+from llmq.models.load import materialize
+from llmq.plan import kept_dtype
 from llmq.qtensor import QTensor
 from llmq.report import (
     Log,
@@ -44,11 +43,12 @@ from llmq.report import (
     summary,
     versions,
 )
+from llmq.request import check_method, default_output, open_job
 from llmq.smallest import smallest_model
-from llmq.solvers import METHODS, SOLVERS, Problem, SolverOptions, rtn
+from llmq.solvers import SOLVERS, Problem, SolverOptions, rtn
 from llmq.solvers.awq import transform_block
 from llmq.solvers.hessian import InputStats, relative_error
-from llmq.stats_bank import check_bank_output, collect, open_bank
+from llmq.stats_bank import collect
 from llmq.tables import outside_blocks
 from llmq.verify import check_folder
 
@@ -107,83 +107,36 @@ def quantize_model(
     scheme, calib, log = scheme or QuantScheme(), calib or CalibConfig(), log or silent
     budget, stats = budget or BudgetConfig(), stats or StatsConfig()
     options = SolverOptions(gptq or GPTQConfig(), awq or AWQConfig(), recipe or RecipeConfig())
-    _check_method(method, budget, stats)
+    check_method(method, budget, stats)
     one_of("head_bits", head_bits, HEAD_BITS)
     one_of("device", device, DEVICES)
     kernels.current_isa()  # the check at the end runs on the kernels: a wrong LLMQ_ISA must not wait for it
-    row = METHODS[method]
     start = time.perf_counter()
-    reads_text = row.needs_text and not stats.stats
-    if reads_text:
-        calibration.check(calib, max_positions=None)
-    resolved = resolve(str(model), log=log)
-    source = open_model(resolved.folder)
-    if reads_text:
-        calibration.check(calib, max_positions=source.max_positions)
-    bank = open_bank(stats.stats, source) if stats.stats else None
-    job = Job(source, scheme, head_bits, row, options, calib, log, budget, bank)
-    if budget.plan:
-        job.use(read_plan(budget.plan, [*job.plan.linears, *job.plan.tables]))
-    if budget.chooses:
-        check_budget(source, job.plan, scheme, budget)
-    if job.sampled:
-        check_memory(job.plan)
-    folder = Path(output) if output is not None else Path(default_output(str(model), scheme, budget))
+    job, named = open_job(str(model), method, scheme, head_bits, options, calib, budget, stats, log)
+    source, folder = job.source, Path(output or default_output(str(model), scheme, budget))
     size = job.plan.bytes_after
     check_output(folder.absolute(), overwrite=overwrite, expected_bytes=size, source=source.folder)
-    text = f"{calib.calib}: {calib.nsamples} windows of {calib.seqlen} tokens" if row.needs_text else "none needed"
-    text = text if bank is None else bank.describe()
-    named = {"model": str(model), "family": source.family.name, "method": method}
-    log(plan_table(job.plan, **named, calibration=text, output=folder))
-    origin = {"origin": resolved.origin}
+    table = {k: v for k, v in named.items() if k != "origin"} | {"calibration": job.describe_text()}
+    log(plan_table(job.plan, **table, output=folder))
     if budget.max_kl:
-        report, plan = smallest_model(job, folder, named | origin, overwrite=overwrite, run=_run)
+        report, plan = smallest_model(job, folder, named, overwrite=overwrite, run=_run)
         log(summary(folder.absolute(), plan, report))
         return QuantizationResult(folder.absolute(), report, summary(folder.absolute(), plan, report))
     with CheckpointWriter(folder, len(source.block_names) + 1, overwrite=overwrite, expected_bytes=size) as writer:
         texts = calibration_texts(job)
         seconds = {"calibration": round(time.perf_counter() - start, 2)}
-        if stats.save_stats:
-            assert texts is not None
+        if stats.save_stats and texts is not None:
             collect(source, texts, Path(stats.save_stats), log)
             seconds["statistics"] = round(time.perf_counter() - start - seconds["calibration"], 2)
-        if budget.chooses:
-            assert texts is not None
+        if budget.chooses and texts is not None:
             tables = job.plan.tables if budget.target_size else ()
             found = choices_of(source, job.plan.linears, tables, scheme, texts.tokens, log)
             chosen = found.within(budget_bytes(source, job.plan, budget))
             job.use(chosen.schemes)
             job.divergence = chosen.divergence
             seconds["allocation"] = round(time.perf_counter() - start - sum(seconds.values()), 2)
-            log(plan_table(job.plan, **named, calibration=text, output=folder))
-        return _run(job, writer, texts, named | origin, seconds)
-
-
-def _check_method(method: str, budget: BudgetConfig, stats: StatsConfig) -> None:
-    one_of("method", method, METHODS)
-    if stats.stats and (METHODS[method].awq or not METHODS[method].needs_text):
-        raise ValueError(f"--stats serves --method gptq; {method} {'runs' if METHODS[method].awq else 'needs no'} text")
-    if stats.stats and budget.chooses:
-        raise ValueError(f"{budget.flag} runs text to choose by, and --stats runs none; give the schemes with --plan")
-    if stats.save_stats and budget.max_kl:
-        raise ValueError("--max-kl makes many runs; keep the statistics of another one with --save-stats")
-    if stats.save_stats:
-        if not METHODS[method].needs_text:
-            raise ValueError(f"--save-stats keeps statistics of text, and --method {method} reads none; use gptq")
-        check_bank_output(Path(stats.save_stats))
-    if budget.flag and METHODS[method].awq:
-        raise ValueError(f"--method {method} folds scales for one scheme; schemes by module need gptq or rtn")
-    if budget.chooses and not METHODS[method].needs_text:
-        raise ValueError(f"{budget.flag} needs text to choose by, and --method {method} reads none; use gptq")
-
-
-def default_output(model: str, scheme: QuantScheme, budget: BudgetConfig | None = None) -> str:
-    """``gemma-3-1b-w4g128`` (or ``gemma-3-1b-3.25bpw``) for ``google/gemma-3-1b`` or ``~/models/gemma-3-1b.gguf``."""
-    name = Path(model.rstrip("/")).name.removesuffix(".gguf")
-    if budget is None or not budget.chooses:
-        return f"{name}-{scheme}"
-    what = f"{budget.target_bpw:g}bpw" if budget.target_bpw else f"kl{budget.max_kl:g}"
-    return f"{name}-{budget.target_size or what}"
+            log(plan_table(job.plan, **table, output=folder))
+        return _run(job, writer, texts, named, seconds)
 
 
 def _run(

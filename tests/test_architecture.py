@@ -33,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.blockwise",
         "llmq.plan",
         "llmq.report",
+        "llmq.request",
         "llmq.smallest",
         "llmq.stats_bank",
         "llmq.tables",

@@ -305,7 +305,7 @@ def test_a_script_that_fails_leaves_nothing(tiny_model: Tiny, tmp_path: Path, mo
     ("change", "message"),
     [
         (["--model", ""], "--model is missing"),
-        (["--json", ""], "--json is missing"),
+        (["--eval", ""], "--eval is missing"),
         (["--grid", ""], "nothing is to be done"),
         (["--at-once", "0"], "--at-once is 0; it must be at least 1"),
         (["--presets", "slow"], "'slow'; known: fast, balanced, best"),
