@@ -53,6 +53,7 @@ def autoround(job: Job, tokens: Tensor) -> None:
         nsamples=len(tokens),
         seqlen=tokens.shape[1],
         device_map="cpu",
+        low_cpu_mem_usage=False,  # else it moves blocks to the disk when they are done
         **job["options"],
     )
     model, _ = run.quantize()
@@ -63,7 +64,7 @@ def autoround(job: Job, tokens: Tensor) -> None:
 def llmcompressor(job: Job, tokens: Tensor) -> None:
     """llm-compressor's GPTQ with its defaults."""
     library = importlib.import_module("llmcompressor")
-    modifiers = importlib.import_module("llmcompressor.modifiers.quantization")
+    modifiers = importlib.import_module("llmcompressor.modifiers.gptq")
     datasets = importlib.import_module("datasets")
     weights = {"num_bits": job["bits"], "type": "int", "symmetric": job["sym"], "strategy": "group"}
     weights["group_size"] = job["group_size"]

@@ -76,8 +76,9 @@ def parse_grid(text: str, recipes: Mapping[str, RecipeConfig]) -> list[Row]:
         if not colon or not wanted:
             raise ValueError(f"--grid: {part!r} has no schemes; write {method}:w4g128,w3g128")
         has_recipe = method in METHODS and METHODS[method].solver == "gptq"
+        labelled = list(recipes.items()) if has_recipe else [("", RecipeConfig())]
         for scheme in wanted:
-            for label, recipe in recipes.items() if has_recipe else [("", RecipeConfig())]:
+            for label, recipe in labelled:
                 rows.append(_row(" ".join(filter(None, (method, label, scheme))), method, scheme, recipe))
     for row in rows:
         if sum(other.name == row.name for other in rows) > 1:
