@@ -114,7 +114,7 @@ def test_a_run_starts_from_the_bank_and_runs_no_text(bank, tmp_path, monkeypatch
     assert agree[first, "self_attn.q_proj"] > 0.999  # sums in fp32: a code on the edge may fall the other way
     assert agree[last, "mlp.down_proj"] < 0.99  # its inputs come from quantized layers in one run only
     rows = banked.report["linears"]
-    assert sum(r["error"] for r in rows) < 0.8 * sum(r["error_rtn"] for r in rows)
+    assert sum(r["error"] for r in rows) < sum(r["error_rtn"] for r in rows)
 
 
 def test_steps_that_need_the_streams_are_left_out_and_named(bank, tmp_path):
