@@ -30,11 +30,12 @@ from llmq.evaluation import (
     to_stderr,
     windows,
 )
+from llmq.kernels.reference import ACTIVATION_BITS
 from llmq.models.digest import model_digest
 from llmq.models.load import SourceModel, open_model
 from llmq.quantize import add_fields, options_of
 from llmq.report import versions
-from llmq.runtime.qlinear import ACTIVATION_BITS
+from llmq.solvers import METHODS
 from llmq.sweep import report
 from llmq.sweep.making import Shared, make_row
 from llmq.sweep.peers import MAKERS, parse_pythons
@@ -119,7 +120,8 @@ def prepare(args: argparse.Namespace) -> Sweep:
     tokens = windows(text, reference.tokenizer, protocol)
     check_fits(reference.config, tokens)
     calib, gptq = options_of(args, CalibConfig), options_of(args, GPTQConfig)
-    calibration.check(calib, max_positions=source.max_positions)
+    if any(row.is_peer or METHODS[row.method].needs_text for row in rows):
+        calibration.check(calib, max_positions=source.max_positions)
     if any(row.is_peer for row in rows) and calibration.is_sampled(calib):
         raise ValueError(
             f"--calib {calib.calib} is written by the model itself; peers need a text that can be given to them"

@@ -106,7 +106,11 @@ def _same(folder: Path, row: Row, shared: Shared) -> bool:
 
 def _make_peer(row: Row, shared: Shared, folder: Path, log: Log) -> Made:
     maker = MAKERS[row.method]
-    request = {"model": model_digest(shared.model), "calib": str(shared.calib), "scheme": str(row.scheme)}
+    request: dict[str, Any] = {
+        "model": model_digest(shared.model),
+        "calib": str(shared.calib),
+        "scheme": str(row.scheme),
+    }
     request |= {"options": maker.options}
     there = folder / REQUEST
     if not there.is_file() or json.loads(there.read_text(encoding="utf-8")) != request:
