@@ -104,8 +104,9 @@ def make(
         }
         (partial / "job.json").write_text(json.dumps(job), encoding="utf-8")
         log(f"{maker.about}: {scheme}, {tokens.shape[0]} windows of {tokens.shape[1]} tokens")
-        command = [str(python or sys.executable), str(Path(peer_script.__file__)), str(partial / "job.json")]
-        run = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        command = [str(python or sys.executable), str(Path(peer_script.__file__).absolute()), str(partial / "job.json")]
+        # There, so that what a package leaves in the current folder goes with the rest.
+        run = subprocess.run(command, cwd=partial, capture_output=True, text=True, errors="replace", check=False)
         if run.returncode or not (partial / MADE).is_file():
             last = (run.stderr.strip().splitlines() or ["no message"])[-1]
             raise MakerFailed(f"{maker.about} ended with code {run.returncode}: {last[:300]}")
