@@ -15,6 +15,7 @@ from llmq.config import (
     QuantScheme,
     RecipeConfig,
     RuntimeConfig,
+    StatsConfig,
 )
 from llmq.pipeline import QuantizationResult, quantize_model
 from llmq.qtensor import QTensor
@@ -43,6 +44,7 @@ __all__ = [
     "RecipeConfig",
     "RuntimeConfig",
     "QuantizedKVCache",
+    "StatsConfig",
     "load_prompt_cache",
     "quantize_model",
     "save_prompt_cache",

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq.config import BITS, QuantScheme
+from llmq.checkpoint import is_weight_file
+from llmq.config import BITS, BudgetConfig, QuantScheme, parse_size
 from llmq.models.load import SourceModel
-from llmq.plan import Matrix, Plan, memory_bytes
+from llmq.plan import Matrix, Plan, memory_bytes, table_scheme
 from llmq.report import Log
 from llmq.solvers import rtn
 
@@ -32,6 +33,12 @@ PROBE_TOKENS, PROBE_WINDOW = 2048, 256
 TOP = 256
 # Largest number of sizes the knapsack tells apart; a matrix's size is rounded up to one of them.
 BUCKETS = 40_000
+# Bits of an embedding or head that is chosen for a size.
+TABLE_BITS = (8, 4)
+# Rows of a matrix that are in memory in fp32 at once.
+CHUNK_ROWS = 8192
+# Generous room for what a folder holds of every tensor: its lines in report, index and configuration; and for the rest.
+LINEAR_BYTES, REPORT_BYTES = 4096, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,10 @@ class Allocation:
     predicted: float
 
 
-def read_plan(path: str | Path, linears: Sequence[Matrix]) -> dict[str, QuantScheme]:
+def read_plan(path: str | Path, matrices: Sequence[Matrix]) -> dict[str, QuantScheme]:
     """Schemes by module from a JSON file: ``{"model.layers.0.mlp.down_proj": "w4g64", ...}``, or a report's.
+
+    Embedding and head are among a report's where it chose them (``--target-size``).
 
     Raises:
         ValueError: not such a file, a scheme that cannot be read, a module that the model lacks; names it.
@@ -60,27 +69,90 @@ def read_plan(path: str | Path, linears: Sequence[Matrix]) -> dict[str, QuantSch
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"--plan {path}: cannot be read as JSON: {error}") from None
     if isinstance(found, dict) and isinstance(found.get("linears"), list):
-        found = {row["name"]: row["scheme"] for row in found["linears"]}
+        budget = found.get("options", {}).get("budget", {})
+        rows = found["linears"] + (found["tables"] if budget.get("target_size") else [])
+        found = {row["name"]: row["scheme"] for row in rows}
     if not isinstance(found, dict) or not found:
         raise ValueError(f'--plan {path}: expected an object of module names and schemes, as {{"...q_proj": "w4g64"}}')
-    known = {m.name for m in linears}
+    known = {m.name for m in matrices}
     for name in found:
         if name not in known:
             raise ValueError(f"--plan {path}: the model has no linear {name!r}; one that it has is {min(known)}")
     return {name: QuantScheme.parse(str(text)) for name, text in found.items()}
 
 
-def check_budget(source: SourceModel, plan: Plan, scheme: QuantScheme, target_bpw: float) -> None:
-    """Raise ValueError when the smallest candidates need more than ``target_bpw``, or the model does not fit."""
-    linears = plan.linears
-    _check_memory(source, linears, plan.weights)
-    weights = sum(m.weights for m in linears)
-    least = 8 * sum(min(s for _, s in _sizes(m, scheme)) for m in linears) / weights
-    if target_bpw < least:
+def check_budget(source: SourceModel, plan: Plan, scheme: QuantScheme, budget: BudgetConfig) -> None:
+    """Raise ValueError when the smallest candidates need more than the budget, or the model does not fit."""
+    tables = plan.tables if budget.target_size else []
+    _check_memory(source, [*plan.linears, *tables], plan.weights, budget.flag)
+    weights = sum(m.weights for m in plan.linears)
+    smallest = sum(min(s for _, s in _sizes(m, scheme)) for m in plan.linears)
+    if budget.target_bpw and budget.target_bpw < 8 * smallest / weights:
         raise ValueError(
-            f"--target-bpw {target_bpw:g} is below {least:.3f}, what {min(BITS)} bits in groups of {max(GROUP_SIZES)} "
-            "take with their scales; ask for more"
+            f"--target-bpw {budget.target_bpw:g} is below {8 * smallest / weights:.3f}, what {min(BITS)} bits in "
+            f"groups of {max(GROUP_SIZES)} take with their scales; ask for more"
         )
+    if budget.target_size:
+        least = smallest + sum(min(s for _, s in _table_sizes(m)) for m in tables) + beside(source, plan)
+        want, rest = parse_size(budget.target_size), beside(source, plan) / 1e6
+        if want < least:
+            head = f"the head {TABLE_BITS[-1]}" if tables else "the head 16 (--head-bits 8 lets it have fewer)"
+            raise ValueError(
+                f"--target-size {budget.target_size} is {want / 1e6:.1f} MB, and the smallest folder has "
+                f"{least / 1e6:.1f}: linears in {min(BITS)} bits, {head}, and {rest:.1f} MB of norms, tokenizer and "
+                "the like; ask for more"
+            )
+
+
+def beside(source: SourceModel, plan: Plan) -> int:
+    """Bytes of a folder that no choice changes: tensors that are kept, other files, and room for names and report."""
+    files = (p for p in source.folder.rglob("*") if p.is_file() and not is_weight_file(p))
+    visible = (p for p in files if not any(part.startswith(".") for part in p.relative_to(source.folder).parts))
+    named = REPORT_BYTES + LINEAR_BYTES * (len(plan.linears) + len(plan.kept))
+    return sum(k.nbytes for k in plan.kept) + sum(p.stat().st_size for p in visible) + named
+
+
+def check_size(folder: Path, budget: BudgetConfig) -> None:
+    """Raise ValueError if the files of ``folder`` take more than ``--target-size``."""
+    found = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    if budget.target_size and found > parse_size(budget.target_size):
+        raise ValueError(
+            f"the folder takes {found} bytes, --target-size {budget.target_size} is {parse_size(budget.target_size)}; "
+            "it is not published: ask for a little more"
+        )
+
+
+def budget_bytes(source: SourceModel, plan: Plan, budget: BudgetConfig) -> int:
+    """Bytes that the matrices which are chosen may take together."""
+    if budget.target_size:
+        return parse_size(budget.target_size) - beside(source, plan)
+    return int(budget.target_bpw * sum(m.weights for m in plan.linears) / 8)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What there is to choose from, and what each choice costs; enough for any budget.
+
+    Attributes:
+        names: of the matrices.
+        schemes: candidates of each matrix.
+        sizes: bytes of each candidate.
+        costs: KL divergence expected of each candidate under round-to-nearest.
+        divergence: of each matrix at the probe's rounding.
+    """
+
+    names: list[str]
+    schemes: list[list[QuantScheme]]
+    sizes: list[list[int]]
+    costs: list[list[float]]
+    divergence: dict[str, float]
+
+    def within(self, nbytes: int) -> Allocation:
+        """The best choice that takes at most ``nbytes``. Raises ValueError if the smallest takes more."""
+        chosen = knapsack(self.costs, self.sizes, nbytes)
+        schemes = {name: s[c] for name, s, c in zip(self.names, self.schemes, chosen, strict=True)}
+        predicted = sum(c[i] for c, i in zip(self.costs, chosen, strict=True))
+        return Allocation(schemes, self.divergence, predicted)
 
 
 def allocate(
@@ -88,31 +160,44 @@ def allocate(
 ) -> Allocation:
     """Choose a scheme for each of ``linears`` so that together they take at most ``target_bpw`` bits a weight.
 
+    See :func:`choices_of`. Raises ValueError when even the smallest candidates take more (see :func:`check_budget`).
+    """
+    found = choices_of(source, linears, (), scheme, tokens, log)
+    return found.within(int(target_bpw * sum(m.weights for m in linears) / 8))
+
+
+def choices_of(
+    source: SourceModel,
+    linears: Sequence[Matrix],
+    tables: Sequence[Matrix],
+    scheme: QuantScheme,
+    tokens: Tensor,
+    log: Log,
+) -> Choices:
+    """Candidates of each matrix, their sizes and costs.
+
     Args:
-        source: the model; it is loaded whole, in fp32, with gradients of its linears.
+        source: the model; it is loaded whole, in fp32, with gradients of these matrices.
         linears: with their shapes.
+        tables: embedding and head, where they are to be chosen too.
         scheme: says whether grids are symmetric.
-        target_bpw: codes, scales and zeros counted, over the weights of ``linears``.
         tokens: i64[n, seqlen] calibration windows; the first ``PROBE_TOKENS`` tokens are used.
         log: gets a line of progress.
-
-    Raises ValueError when even the smallest candidates take more (see :func:`check_budget`).
     """
     probe = QuantScheme(PROBE_BITS, 128, scheme.sym)
     windows = tokens[:, :PROBE_WINDOW][: max(1, PROBE_TOKENS // min(PROBE_WINDOW, tokens.shape[1]))]
     log(f"bits by module: {windows.numel()} tokens through the model and back, rounded to {probe}")
-    divergence = divergences(source, linears, probe, windows)
-    costs, sizes = [], []
-    for m in linears:
-        W = source.reader.tensor(f"{m.name}.weight").float()
-        share = max(divergence[m.name], 0.0) / max(_squared_error(W, probe), 1e-30)
-        candidates = _sizes(m, scheme)
-        costs.append([share * _squared_error(W, s) for s, _ in candidates])
-        sizes.append([size for _, size in candidates])
-    budget = int(target_bpw * sum(m.weights for m in linears) / 8)
-    chosen = knapsack(costs, sizes, budget)
-    schemes = {m.name: _sizes(m, scheme)[c][0] for m, c in zip(linears, chosen, strict=True)}
-    return Allocation(schemes, divergence, sum(c[i] for c, i in zip(costs, chosen, strict=True)))
+    divergence = divergences(source, [*linears, *tables], probe, windows)
+    found = Choices([], [], [], [], divergence)
+    for m in (*linears, *tables):
+        candidates = _table_sizes(m) if m in tables else _sizes(m, scheme)
+        errors = _squared_errors(source, m, [probe, *(s for s, _ in candidates)])
+        share = max(divergence[m.name], 0.0) / max(errors[0], 1e-30)
+        found.names.append(m.name)
+        found.schemes.append([s for s, _ in candidates])
+        found.sizes.append([size for _, size in candidates])
+        found.costs.append([share * e for e in errors[1:]])
+    return found
 
 
 def with_schemes(linears: Sequence[Matrix], schemes: Mapping[str, QuantScheme]) -> list[Matrix]:
@@ -126,15 +211,26 @@ def _sizes(m: Matrix, scheme: QuantScheme) -> list[tuple[QuantScheme, int]]:
     return [(s, replace(m, scheme=s).nbytes) for s in schemes]
 
 
-def _squared_error(W: Tensor, scheme: QuantScheme) -> float:
-    """|W_rounded - W|^2 under round-to-nearest, W f32[N, K]."""
-    return float(torch.sum((rtn.solve(W, scheme).dequantize() - W) ** 2, dtype=torch.float64))
+def _table_sizes(m: Matrix) -> list[tuple[QuantScheme, int]]:
+    """(candidate scheme, bytes) of an embedding or head."""
+    schemes = [table_scheme(m.scheme, bits) for bits in TABLE_BITS]
+    return [(s, replace(m, scheme=s).nbytes) for s in schemes]
+
+
+def _squared_errors(source: SourceModel, m: Matrix, schemes: Sequence[QuantScheme]) -> list[float]:
+    """|W_rounded - W|^2 under round-to-nearest, for each of ``schemes``."""
+    found = [0.0] * len(schemes)
+    for _, rows in source.reader.row_chunks(f"{m.name}.weight", CHUNK_ROWS):
+        W = rows.float()
+        for i, scheme in enumerate(schemes):
+            found[i] += float(torch.sum((rtn.solve(W, scheme).dequantize() - W) ** 2, dtype=torch.float64))
+    return found
 
 
 def divergences(
-    source: SourceModel, linears: Sequence[Matrix], probe: QuantScheme, windows: Tensor
+    source: SourceModel, matrices: Sequence[Matrix], probe: QuantScheme, windows: Tensor
 ) -> dict[str, float]:
-    """``<dKL/dW, W_rounded - W>`` of each linear, nats a token, at the model with all of them rounded to ``probe``.
+    """``<dKL/dW, W_rounded - W>`` of each matrix, nats a token, at the model with all of them rounded to ``probe``.
 
     Args:
         windows: i64[n, t].
@@ -145,12 +241,14 @@ def divergences(
     model.requires_grad_(False)
     with torch.no_grad():
         teacher = [_most_likely(_log_probabilities(model, w)) for w in windows]
-    weights: dict[str, nn.Parameter] = {m.name: model.get_submodule(m.name).weight for m in linears}
+    weights: dict[str, nn.Parameter] = {m.name: model.get_submodule(m.name).weight for m in matrices}
     changes = {}
     for name, weight in weights.items():
-        rounded = rtn.solve(weight.data, probe).dequantize()
-        changes[name] = (rounded - weight.data).half()
-        weight.data.copy_(rounded)
+        changes[name] = torch.empty(weight.shape, dtype=torch.float16)
+        for rows, change in zip(weight.data.split(CHUNK_ROWS), changes[name].split(CHUNK_ROWS), strict=True):
+            rounded = rtn.solve(rows, probe).dequantize()
+            change.copy_(rounded - rows)
+            rows.copy_(rounded)
         weight.requires_grad_(True)
     for window, (log_p, ids) in zip(windows, teacher, strict=True):
         kl = divergence(log_p, _log_probabilities(model, window).gather(1, ids))
@@ -185,13 +283,13 @@ def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return ((log_p.exp() * (log_p - log_q)).sum(1) + rest_p * (rest_p.log() - rest_q.log())).mean()
 
 
-def _check_memory(source: SourceModel, linears: Sequence[Matrix], weights: int) -> None:
+def _check_memory(source: SourceModel, linears: Sequence[Matrix], weights: int, flag: str) -> None:
     """Raise ValueError when the whole model and its gradients do not fit into this machine's memory."""
     vocabulary = int(source.config.get_text_config().vocab_size)
     need = 4 * weights + 6 * sum(m.weights for m in linears) + 4 * 4 * PROBE_WINDOW * vocabulary
     if need > memory_bytes():
         raise ValueError(
-            f"--target-bpw needs the whole model and gradients in memory: {need / 2**30:.1f} GiB, and this machine has "
+            f"{flag} needs the whole model and gradients in memory: {need / 2**30:.1f} GiB, and this machine has "
             f"{memory_bytes() / 2**30:.1f}; give the schemes with --plan"
         )
 

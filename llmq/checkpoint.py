@@ -161,29 +161,34 @@ class CheckpointWriter:
         with disk_errors(self.partial):
             copy_other_files(source, self.partial)
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": self.weight_map}
-            _write_json(self.partial / "model.safetensors.index.json", index)
-            _write_json(self.partial / REPORT_NAME, report)
+            write_json(self.partial / "model.safetensors.index.json", index)
+            write_json(self.partial / REPORT_NAME, report)
             # The source's own card stays as it is; ours then goes beside it.
             name = CARD_NAME if not (self.partial / CARD_NAME).exists() else "README-llmq.md"
             (self.partial / name).write_text(card, encoding="utf-8")
-            _write_json(self.partial / "config.json", config)
+            write_json(self.partial / "config.json", config)
 
     def update_report(self, report: dict[str, Any]) -> None:
         """Replace the report of the finished, not yet published folder."""
-        _write_json(self.partial / REPORT_NAME, report)
+        write_json(self.partial / REPORT_NAME, report)
 
     def publish(self) -> None:
         """Rename the finished folder to its name, replacing an old one if that was allowed."""
-        old = None
-        if self.folder.exists():
-            assert self.overwrite, "checked in the constructor"
-            old = Path(tempfile.mkdtemp(prefix=f".{self.folder.name}.old-", dir=self.folder.parent))
-            self.folder.replace(old / "folder")
-        for path in (self.partial, *self.partial.rglob("*")):
-            usual_mode(path)
-        self.partial.replace(self.folder)
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        assert self.overwrite or not self.folder.exists(), "checked in the constructor"
+        replace_folder(self.partial, self.folder)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Rename the folder ``new`` to ``folder``, in place of an old one if there is one."""
+    old = None
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
+        folder.replace(old / "folder")
+    for path in (new, *new.rglob("*")):
+        usual_mode(path)
+    new.replace(folder)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def usual_mode(path: Path) -> None:
@@ -241,7 +246,8 @@ def copy_other_files(source: Path, target: Path) -> None:
         shutil.copyfile(path, target / relative)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as every JSON file of a folder is written."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -141,19 +141,59 @@ class RecipeConfig:
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """Schemes by module instead of one for all: chosen for a size, or read from a file."""
+    """Schemes by module instead of one for all: chosen for a size or a divergence, or read from a file."""
 
     target_bpw: float = option(
         0.0,
         "bits a weight over the linears, scales and zeros counted: bits and groups are chosen by module; 0: one scheme",
     )
+    target_size: str = option("", "size of the whole folder, as 600M or 1.5GiB: the head, if quantized, is chosen too")
+    max_kl: float = option(
+        0.0, "the smallest model whose KL from the original stays below this, measured on held-out text; nats a token"
+    )
     plan: str = option("", "JSON file of schemes by module, or the llmq_report.json of an earlier run")
 
     def __post_init__(self) -> None:
-        if self.target_bpw and self.plan:
-            raise ValueError("--target-bpw chooses the schemes and --plan gives them; use one of the two")
-        if self.target_bpw < 0:
-            raise ValueError(f"target_bpw is {self.target_bpw:g}; it counts bits a weight, or is 0 for one scheme")
+        used = [f.name for f in dataclasses.fields(self) if getattr(self, f.name)]
+        if len(used) > 1:
+            flags = " and ".join("--" + name.replace("_", "-") for name in used)
+            raise ValueError(f"{flags} each say which schemes the modules get; use one of the two")
+        for name, unit in (("target_bpw", "bits a weight"), ("max_kl", "nats a token")):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name):g}; it counts {unit}, or is 0 for one scheme")
+        if self.target_size:
+            parse_size(self.target_size)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether schemes are chosen by what they do to the model, for which text is needed."""
+        return bool(self.target_bpw or self.target_size or self.max_kl)
+
+    @property
+    def flag(self) -> str:
+        """The flag that was used, as it is written; empty if none was."""
+        used = [f.name for f in dataclasses.fields(self) if getattr(self, f.name)]
+        return f"--{used[0].replace('_', '-')}" if used else ""
+
+
+def parse_size(text: str) -> int:
+    """Bytes of ``600M`` (million), ``600MiB`` or a plain number. Raises ValueError naming the text."""
+    m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKMG])(i?)B?|B)?", text.strip())
+    if not m or not float(m[1]):
+        raise ValueError(f"size {text!r} is not of the form 600M, 1.5G or 600MiB")
+    return int(float(m[1]) * (1024 if m[3] else 1000) ** ("kMG".index(m[2].replace("K", "k")) + 1 if m[2] else 0))
+
+
+@dataclass(frozen=True)
+class StatsConfig:
+    """Statistics of the original model's inputs, kept for runs with other bits, groups and options."""
+
+    save_stats: str = option("", "folder for statistics of the original model, for later runs with --stats")
+    stats: str = option("", "folders of --save-stats, comma-separated: solve from their sum, no text is run")
+
+    def __post_init__(self) -> None:
+        if self.save_stats and self.stats:
+            raise ValueError("--stats runs no text of which --save-stats could keep statistics; use one of the two")
 
 
 @dataclass(frozen=True)

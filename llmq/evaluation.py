@@ -14,11 +14,10 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
-import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,8 @@ from llmq import kv_feed
 from llmq.calibration import text_of
 from llmq.config import one_of, option
 from llmq.kv_feed import KVFeed
-from llmq.logits import WindowLogits, engine_of
+from llmq.likelihood import Progress, score
+from llmq.logits import engine_of
 from llmq.models.resolve import resolve
 from llmq.runtime.qlinear import set_activation_bits
 from llmq.score import Score
@@ -44,11 +44,8 @@ BOS_TEXT = {
     "first": "{seqlen} tokens (BOS only before the first token of the text)",
     "none": "{seqlen} tokens (no BOS)",
 }
-_CHUNK_LOGITS = 1 << 25  # logits held at once: 128 MB in fp32 for each model and each temporary
-_PROBE_TOKENS = 32  # tokens on which the short way to the logits is compared with the model's own
 
 Log = Callable[[str], None]
-Progress = Callable[[int, int, float], None]  # windows done, windows in all, perplexity so far
 
 
 @dataclass(frozen=True)
@@ -111,56 +108,6 @@ def scored_bytes(tokens: Tensor, tokenizer: Any) -> int:
     """
     texts = (tokenizer.decode(row, clean_up_tokenization_spaces=False) for row in tokens[:, 1:].tolist())
     return sum(len(t.encode()) for t in texts)
-
-
-def _token_costs(sides: list[WindowLogits], ids: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Chunks of (nll,) or, with a reference as second side, (nll, reference nll, kl, agree): f64[t] each.
-
-    Log-softmax is taken in fp32 (its error, about 1e-6 nats, is far below any figure shown), sums in fp64.
-    """
-    states = [side.states(ids)[:-1] for side in sides]
-    step = max(1, _CHUNK_LOGITS // sides[0].vocab)
-    for a in range(0, len(ids) - 1, step):
-        target = ids[1:][a : a + step, None]
-        logp = [side.logits(s[a : a + step]).log_softmax(dim=-1) for side, s in zip(sides, states, strict=True)]
-        nll = [-p.gather(-1, target)[:, 0].double() for p in logp]
-        if len(sides) == 1:
-            yield (nll[0],)
-            continue
-        agree = (logp[0].argmax(dim=-1) == logp[1].argmax(dim=-1)).double()
-        weight = logp[1].exp()
-        kl = logp[1].sub_(logp[0]).mul_(weight).sum(dim=-1, dtype=torch.float64)
-        yield nll[0], nll[1], kl, agree
-
-
-@torch.inference_mode()
-def score(
-    model: Any, windows: Tensor, *, reference: Any = None, progress: Progress | None = None, kv: KVFeed | None = None
-) -> Score:
-    """Score ``windows`` i64[W, seqlen]; with a ``reference`` also KL(reference || model) and top-1 agreement.
-
-    ``kv`` sends the model's windows through a quantized cache, the reference's never; None: 16 bits.
-
-    Raises ValueError if the vocabularies differ or a model's likelihoods are not finite.
-    """
-    models = [model] if reference is None else [model, reference]
-    feeds = [kv, None]
-    sides = [WindowLogits(m.eval(), windows[0, :_PROBE_TOKENS], f) for m, f in zip(models, feeds, strict=False)]
-    if sides[0].vocab != sides[-1].vocab:
-        raise ValueError(
-            f"the model has {sides[0].vocab} logits and the reference {sides[1].vocab}; "
-            "KL needs one vocabulary: use the model it was made from as the reference"
-        )
-    rows: list[tuple[Tensor, ...]] = []
-    for i, ids in enumerate(windows):
-        rows.append(tuple(map(torch.cat, zip(*_token_costs(sides, ids), strict=True))))
-        if not all(bool(column.isfinite().all()) for column in rows[-1]):
-            raise ValueError(f"window {i}: a likelihood is not finite; the model overflows or its weights are damaged")
-        if progress:
-            progress(i + 1, len(windows), math.exp(sum(float(r[0].mean()) for r in rows) / len(rows)))
-    names = ("nll", "reference_nll", "token_kl", "token_agree")
-    columns: dict[str, Any] = {k: torch.stack(c) for k, c in zip(names, zip(*rows, strict=True), strict=False)}
-    return Score(**columns, notes=tuple(side.note for side in sides if side.note), kv_cache=sides[0].memory)
 
 
 def check_fits(config: Any, tokens: Tensor) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from llmq import calibration
-from llmq.config import CalibConfig, QuantScheme, RuntimeConfig
+from llmq.blockwise import Observed
+from llmq.config import BudgetConfig, CalibConfig, QuantScheme, RuntimeConfig
 from llmq.models.load import SourceModel
 from llmq.plan import Plan, make_plan
-from llmq.report import Log
+from llmq.report import Log, duration
 from llmq.solvers import Method, SolverOptions
+from llmq.stats_bank import BANKED_STEPS, Bank
 
 
 @dataclass
@@ -19,8 +25,9 @@ class Job:
 
     Attributes:
         source: the model.
-        scheme, head_bits, method, options, calib, runtime: what was asked for.
+        scheme, head_bits, method, options, calib, runtime, budget: what was asked for.
         log: gets each line of progress.
+        bank: statistics that take the place of calibration text.
         plan: what will be done.
         schemes: of every matrix, by name.
         divergence: of every linear, where schemes were chosen by it.
@@ -37,6 +44,8 @@ class Job:
     calib: CalibConfig
     runtime: RuntimeConfig
     log: Log
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    bank: Bank | None = None
     plan: Plan = field(init=False)
     schemes: dict[str, QuantScheme] = field(init=False)
     divergence: dict[str, float] | None = None
@@ -48,22 +57,95 @@ class Job:
     def __post_init__(self) -> None:
         self.use({})
 
+    def asked(self) -> dict[str, Any]:
+        """What was asked for, as plain JSON types: the report's options."""
+        return asked(self.scheme, self.options, self.calib, self.budget, self.head_bits) | asdict(self.runtime)
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """Steps of the recipe that are tried."""
+        chosen = self.options.recipe.steps if self.method.solver == "gptq" else ()
+        return chosen if self.bank is None else tuple(step for step in chosen if step in BANKED_STEPS)
+
+    @property
+    def steps_left_out(self) -> list[str]:
+        """Steps that were asked for and need the streams that a bank cannot hold."""
+        asked_for = self.options.recipe.steps if self.method.solver == "gptq" else ()
+        return [step for step in asked_for if step not in self.steps]
+
+    def banked(self, linear: str) -> Observed | None:
+        """The bank's statistics of the group that begins with ``linear``, None without a bank."""
+        return None if self.bank is None else self.bank.observed(linear, judged=bool(self.steps))
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration text is run through the model."""
+        return self.method.needs_text and self.bank is None
+
     @property
     def sampled(self) -> bool:
         """Whether the model itself writes the calibration text."""
-        return self.method.needs_text and calibration.is_sampled(self.calib)
+        return self.reads_text and calibration.is_sampled(self.calib)
+
+    def describe_text(self) -> str:
+        """The calibration text, in words."""
+        if self.bank is not None:
+            return self.bank.describe()
+        calib = self.calib
+        return f"{calib.calib}: {calib.nsamples} windows of {calib.seqlen} tokens" if self.reads_text else "none needed"
 
     def use(self, schemes: dict[str, QuantScheme]) -> None:
-        """Plan the run anew with these schemes of single linears; the others get ``scheme``."""
+        """Plan the run anew with these schemes of single matrices; the other linears get ``scheme``."""
         self.plan = make_plan(
             self.source,
             self.scheme,
             self.head_bits,
             self.method,
-            self.calib.nsamples * self.calib.seqlen,
+            self.calib.nsamples * self.calib.seqlen if self.bank is None else self.bank.tokens,
             self.calib.seqlen,
-            steps=self.options.recipe.steps if self.method.solver == "gptq" else (),
+            steps=self.steps,
             schemes=schemes,
             sampled=self.sampled,
+            banked=self.bank is not None,
         )
         self.schemes = self.plan.schemes()
+        if self.steps_left_out:
+            left_out = ", ".join(self.steps_left_out)
+            self.plan.warnings.append(f"a bank holds no streams of the quantized model; left out: {left_out}")
+
+
+def asked(
+    scheme: QuantScheme, options: SolverOptions, calib: CalibConfig, budget: BudgetConfig, head_bits: int
+) -> dict[str, Any]:
+    """The options of a run as its report holds them, plain JSON types."""
+    parts = {"calib": asdict(calib), "budget": asdict(budget), "head_bits": head_bits}
+    return {"scheme": str(scheme), **asdict(options), **parts}
+
+
+def calibration_texts(job: Job) -> calibration.CalibrationSet | None:
+    """The calibration windows that the job asks for, None where none are run; raises as ``calibration.load``."""
+    if not job.reads_text:
+        return None
+
+    def sampler(n_samples: int, seqlen: int, seed: int) -> Tensor:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(job.source.folder, dtype=torch.float32)
+        began, said = time.perf_counter(), 0.0
+
+        def progress(done: int, total: int) -> None:
+            nonlocal said
+            elapsed = time.perf_counter() - began
+            if elapsed - said > 15 or done == total:
+                said = elapsed
+                left = elapsed / done * (total - done)
+                job.log(f"  sampled {done} of {total} tokens  {done / elapsed:.0f} tokens/s  left {duration(left)}")
+
+        return calibration.sample_from_model(model, job.source.tokenizer, n_samples, seqlen, seed, progress)
+
+    texts = calibration.load(job.calib, job.source.tokenizer, sampler=sampler, log=job.log)
+    job.log(
+        f"calibration: {texts.source}, {texts.tokens.shape[0]} windows of {texts.tokens.shape[1]} tokens, "
+        f"BOS {'in each' if texts.bos else 'none'}{', ' + texts.note if texts.note else ''}"
+    )
+    return texts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import calibration, kernels
-from llmq.allocate import allocate, check_budget, read_plan
+from llmq.allocate import budget_bytes, check_size, choices_of
 from llmq.blockwise import BlockCall, BlockRunner, Observed, Tail, block_inputs, verified_tails
 from llmq.checkpoint import CheckpointWriter, check_output, matrix_tensors, quantization_config
 from llmq.config import (
@@ -24,18 +24,18 @@ from llmq.config import (
     QuantScheme,
     RecipeConfig,
     RuntimeConfig,
+    StatsConfig,
     one_of,
 )
-from llmq.job import Job
-from llmq.models.load import materialize, open_model
-from llmq.models.resolve import resolve
-from llmq.plan import check_memory, kept_dtype
+from llmq.job import Job, calibration_texts
+from llmq.models.digest import model_digest
+from llmq.models.load import materialize
+from llmq.plan import kept_dtype
 from llmq.qtensor import QTensor
 from llmq.report import (
     Log,
     block_line,
     build_report,
-    duration,
     model_card,
     peak_rss,
     plan_table,
@@ -44,9 +44,12 @@ from llmq.report import (
     summary,
     versions,
 )
-from llmq.solvers import METHODS, SOLVERS, Problem, SolverOptions, rtn
+from llmq.request import check_method, default_output, open_job
+from llmq.smallest import smallest_model
+from llmq.solvers import SOLVERS, Problem, SolverOptions, rtn
 from llmq.solvers.awq import transform_block
 from llmq.solvers.hessian import InputStats, relative_error
+from llmq.stats_bank import collect
 from llmq.tables import outside_blocks
 from llmq.verify import check_folder
 
@@ -76,6 +79,7 @@ def quantize_model(
     recipe: RecipeConfig | None = None,
     budget: BudgetConfig | None = None,
     runtime: RuntimeConfig | None = None,
+    stats: StatsConfig | None = None,
     head_bits: int = 8,
     overwrite: bool = False,
     device: str = "cpu",
@@ -93,6 +97,7 @@ def quantize_model(
         recipe: what is done around GPTQ to lose less.
         budget: schemes by module, for a size or from a file.
         runtime: what the folder asks of whoever runs it, such as the bits of the key/value cache.
+        stats: statistics of the original model to start from, or where to keep them.
         head_bits: bits of token embedding and head: 16, 8 or 4.
         overwrite: replace ``output`` if it is a model folder.
         device: where to compute; ``cpu``.
@@ -103,58 +108,40 @@ def quantize_model(
         OSError: the disk filled up; nothing is left behind.
     """
     scheme, calib, log = scheme or QuantScheme(), calib or CalibConfig(), log or silent
-    budget = budget or BudgetConfig()
+    budget, stats = budget or BudgetConfig(), stats or StatsConfig()
     options = SolverOptions(gptq or GPTQConfig(), awq or AWQConfig(), recipe or RecipeConfig())
-    _check_method(method, budget)
+    check_method(method, budget, stats)
     one_of("head_bits", head_bits, HEAD_BITS)
     one_of("device", device, DEVICES)
     kernels.current_isa()  # the check at the end runs on the kernels: a wrong LLMQ_ISA must not wait for it
-    row = METHODS[method]
     start = time.perf_counter()
-    if row.needs_text:
-        calibration.check(calib, max_positions=None)
-    resolved = resolve(str(model), log=log)
-    source = open_model(resolved.folder)
-    if row.needs_text:
-        calibration.check(calib, max_positions=source.max_positions)
-    job = Job(source, scheme, head_bits, row, options, calib, runtime or RuntimeConfig(), log)
-    if budget.plan:
-        job.use(read_plan(budget.plan, job.plan.linears))
-    if budget.target_bpw:
-        check_budget(source, job.plan, scheme, budget.target_bpw)
-    if job.sampled:
-        check_memory(job.plan)
-    folder = Path(output) if output is not None else Path(default_output(str(model), scheme, budget.target_bpw))
+    job, named = open_job(
+        str(model), method, scheme, head_bits, options, calib, budget, stats, runtime or RuntimeConfig(), log
+    )
+    source, folder = job.source, Path(output or default_output(str(model), scheme, budget))
     size = job.plan.bytes_after
     check_output(folder.absolute(), overwrite=overwrite, expected_bytes=size, source=source.folder)
-    text = f"{calib.calib}: {calib.nsamples} windows of {calib.seqlen} tokens" if row.needs_text else "none needed"
-    named = {"model": str(model), "family": source.family.name, "method": method}
-    log(plan_table(job.plan, **named, calibration=text, output=folder))
+    table = {k: v for k, v in named.items() if k != "origin"} | {"calibration": job.describe_text()}
+    log(plan_table(job.plan, **table, output=folder))
+    if budget.max_kl:
+        report, plan = smallest_model(job, folder, named, overwrite=overwrite, run=_run)
+        log(summary(folder.absolute(), plan, report))
+        return QuantizationResult(folder.absolute(), report, summary(folder.absolute(), plan, report))
     with CheckpointWriter(folder, len(source.block_names) + 1, overwrite=overwrite, expected_bytes=size) as writer:
-        texts = _calibration(job)
+        texts = calibration_texts(job)
         seconds = {"calibration": round(time.perf_counter() - start, 2)}
-        if budget.target_bpw:
-            assert texts is not None
-            chosen = allocate(source, job.plan.linears, scheme, budget.target_bpw, texts.tokens, log)
+        if stats.save_stats and texts is not None:
+            collect(source, texts, Path(stats.save_stats), log)
+            seconds["statistics"] = round(time.perf_counter() - start - seconds["calibration"], 2)
+        if budget.chooses and texts is not None:
+            tables = job.plan.tables if budget.target_size else ()
+            found = choices_of(source, job.plan.linears, tables, scheme, texts.tokens, log)
+            chosen = found.within(budget_bytes(source, job.plan, budget))
             job.use(chosen.schemes)
             job.divergence = chosen.divergence
-            seconds["allocation"] = round(time.perf_counter() - start - seconds["calibration"], 2)
-            log(plan_table(job.plan, **named, calibration=text, output=folder))
-        return _run(job, writer, texts, named | {"origin": resolved.origin}, seconds)
-
-
-def _check_method(method: str, budget: BudgetConfig) -> None:
-    one_of("method", method, METHODS)
-    if (budget.plan or budget.target_bpw) and METHODS[method].awq:
-        raise ValueError(f"--method {method} folds scales for one scheme; schemes by module need gptq or rtn")
-    if budget.target_bpw and not METHODS[method].needs_text:
-        raise ValueError(f"--target-bpw needs text to choose by, and --method {method} reads none; use gptq")
-
-
-def default_output(model: str, scheme: QuantScheme, target_bpw: float = 0.0) -> str:
-    """``gemma-3-1b-w4g128`` (or ``gemma-3-1b-3.25bpw``) for ``google/gemma-3-1b`` or ``~/models/gemma-3-1b.gguf``."""
-    name = Path(model.rstrip("/")).name.removesuffix(".gguf")
-    return f"{name}-{target_bpw:g}bpw" if target_bpw else f"{name}-{scheme}"
+            seconds["allocation"] = round(time.perf_counter() - start - sum(seconds.values()), 2)
+            log(plan_table(job.plan, **table, output=folder))
+        return _run(job, writer, texts, named, seconds)
 
 
 def _run(
@@ -184,14 +171,18 @@ def _run(
         job.plan,
         job.rows,
         **named,
-        options={"scheme": str(job.scheme), **asdict(job.options), "calib": asdict(job.calib)} | asdict(job.runtime),
+        options=job.asked(),
         calibration=texts.provenance() if texts is not None else None,
         folds=job.folds,
         seconds=seconds,
     )
+    if job.bank is not None:
+        report["statistics"] = job.bank.to_json() | {"steps_left_out": job.steps_left_out}
+    report["model"]["digest"] = model_digest(job.source.folder)
     if job.divergence is not None:
         report["divergence"] = job.divergence
     writer.finish(job.source.folder, config, report, model_card(job.plan, report, writer.folder.name))
+    check_size(writer.partial, job.budget)
     job.log("reading the folder back")
     release_memory()
     report["check"] = check_folder(writer.partial, job.plan, job.digests, probe, job.source.block_names)
@@ -203,34 +194,6 @@ def _run(
     text = summary(writer.folder, job.plan, report)
     job.log(text)
     return QuantizationResult(writer.folder, report, text)
-
-
-def _calibration(job: Job) -> calibration.CalibrationSet | None:
-    if not job.method.needs_text:
-        return None
-
-    def sampler(n_samples: int, seqlen: int, seed: int) -> Tensor:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(job.source.folder, dtype=torch.float32)
-        began, said = time.perf_counter(), 0.0
-
-        def progress(done: int, total: int) -> None:
-            nonlocal said
-            elapsed = time.perf_counter() - began
-            if elapsed - said > 15 or done == total:
-                said = elapsed
-                left = elapsed / done * (total - done)
-                job.log(f"  sampled {done} of {total} tokens  {done / elapsed:.0f} tokens/s  left {duration(left)}")
-
-        return calibration.sample_from_model(model, job.source.tokenizer, n_samples, seqlen, seed, progress)
-
-    texts = calibration.load(job.calib, job.source.tokenizer, sampler=sampler, log=job.log)
-    job.log(
-        f"calibration: {texts.source}, {texts.tokens.shape[0]} windows of {texts.tokens.shape[1]} tokens, "
-        f"BOS {'in each' if texts.bos else 'none'}{', ' + texts.note if texts.note else ''}"
-    )
-    return texts
 
 
 @dataclass
@@ -291,7 +254,7 @@ def _quantize_block(
     job: Job, name: str, block: nn.Module, runner: BlockRunner | None, originals: list[Tensor]
 ) -> tuple[dict[str, Tensor], list[float]]:
     """(tensors of the block's shard by full name, relative errors of its linears). Advances ``runner``."""
-    groups = [g for g in job.source.family.linear_groups if set(g) <= set(job.source.block_linears(0))]
+    groups = job.source.groups
     shared: dict[str, InputStats] = {}
     teacher = None
     if runner is not None and job.method.awq:
@@ -311,7 +274,7 @@ def _quantize_block(
     tensors: dict[str, Tensor] = {}
     errors = []
     for group in groups:
-        observed = None
+        observed = job.banked(f"{name}.{group[0]}")
         if runner is not None:
             observed = Observed(shared[group[0]]) if shared else runner.observe(group, teacher, _n_held(job))
         for linear_name in group:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -129,11 +129,12 @@ def make_plan(
     steps: tuple[str, ...] = (),
     schemes: Mapping[str, QuantScheme] | None = None,
     sampled: bool = False,
+    banked: bool = False,
 ) -> Plan:
     """Decide for every tensor of the model; predict time and memory for ``n_tokens`` of calibration.
 
-    ``steps``: of the recipe. ``schemes``: of single linears, by name; the others get ``scheme``. ``sampled``: the model
-    itself writes them first, with all its weights in memory.
+    ``steps``: of the recipe. ``schemes``: of single matrices, by name; the other linears get ``scheme``. ``sampled``:
+    the model itself writes the tokens first, all its weights in memory. ``banked``: their statistics are there already.
     """
     linears = [
         Matrix(f"{block}.{name}", n, k, (schemes or {}).get(f"{block}.{name}", scheme))
@@ -141,6 +142,7 @@ def make_plan(
         for name, (n, k) in source.block_linears(i).items()
     ]
     tables, reasons = _tables(source, scheme, head_bits)
+    tables = [replace(m, scheme=(schemes or {}).get(m.name, m.scheme)) for m in tables]
     tied = {m.shared_with: m.name for m in tables if m.shared_with}
     quantized = {f"{m.name}.weight" for m in (*linears, *tables)} | {f"{name}.weight" for name in tied}
     kept = []
@@ -149,7 +151,7 @@ def make_plan(
             why = reasons.get(name.removesuffix(".weight")) or _why_kept(name, parameter, source)
             kept.append(Kept(name, parameter.numel(), kept_dtype(source.reader.dtype(name), parameter.dim()), why))
     plan = Plan(linears, tables, kept, tied)
-    _predict(plan, source, method, n_tokens, seqlen, steps)
+    _predict(plan, source, method, n_tokens, seqlen, steps, banked)
     if sampled:
         plan.seconds += SAMPLING_COST * 2 * n_tokens * plan.weights / gemm_rate()
         plan.peak_bytes = max(plan.peak_bytes, BASE_BYTES + 4 * plan.weights + _cache_bytes(source.config, seqlen))
@@ -189,7 +191,7 @@ def _why_kept(name: str, parameter: torch.Tensor, source: SourceModel) -> str:
 
 
 def _predict(
-    plan: Plan, source: SourceModel, method: Method, n_tokens: int, seqlen: int, steps: tuple[str, ...]
+    plan: Plan, source: SourceModel, method: Method, n_tokens: int, seqlen: int, steps: tuple[str, ...], banked: bool
 ) -> None:
     """Fill in seconds and peak bytes from the shapes and a short measurement of this machine's matrix product."""
     blocks = len(source.block_names)
@@ -203,12 +205,13 @@ def _predict(
         passes = 2.0 * weights + attention + sum(k * k for k in widths) + (weights + attention if method.awq else 0)
         if "target" in steps:  # a second stream, and the full product of both streams' inputs
             passes += 2.0 * weights + attention + 2 * sum(k * k for k in widths)
+        passes = 0.0 if banked else passes
         solve = sum(weights / max(1, sum(n for n, _ in block.values())) * k for k in widths) + 120 * weights
         # A round is a product of the matrix with H for every step, and one to judge it.
         solve += POLISH_ROUNDS * sum(2 * n * k * k for n, k in block.values()) * len({"refit", "descent"} & set(steps))
         solve *= len(DAMPINGS) if "damping" in steps else 1
         plan.seconds = blocks * (2 * n_tokens * passes + 2 * solve) / rate + blocks * 0.5
-        streams = 2 if "target" in steps else 1
+        streams = 0 if banked else 2 if "target" in steps else 1
         memory = n_tokens * 4 * streams * (2 * hidden + max(widths)) + 8 * 4 * (1 + streams) * max(widths) ** 2
     else:
         plan.seconds, memory = 1e-7 * plan.weights, 0

@@ -9,7 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmq.config import AWQConfig, BudgetConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig, RuntimeConfig
+from llmq.config import (
+    AWQConfig,
+    BudgetConfig,
+    CalibConfig,
+    GPTQConfig,
+    QuantScheme,
+    RecipeConfig,
+    RuntimeConfig,
+    StatsConfig,
+)
 
 # Flags of a field where they are not simply --field-name; the first is the one that help shows.
 FLAGS: dict[str, tuple[str, ...]] = {
@@ -24,6 +33,9 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "only": ("--steps",),
     "target_bpw": ("--target-bpw", "--target_bpw"),
     "kv_bits": ("--kv-bits", "--kv_bits"),
+    "target_size": ("--target-size", "--target_size"),
+    "max_kl": ("--max-kl", "--max_kl"),
+    "save_stats": ("--save-stats", "--save_stats"),
 }
 GROUPS: tuple[tuple[str, type], ...] = (
     ("grid of the weights", QuantScheme),
@@ -31,6 +43,7 @@ GROUPS: tuple[tuple[str, type], ...] = (
     ("GPTQ", GPTQConfig),
     ("recipe around GPTQ", RecipeConfig),
     ("bits by module", BudgetConfig),
+    ("statistics bank", StatsConfig),
     ("AWQ", AWQConfig),
     ("when it runs", RuntimeConfig),
 )
@@ -55,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--head-bits", "--head_bits", type=int, default=8, help="embedding and head: 16, 8 or 4 (default: 8)"
     )
     for title, options in GROUPS:
-        _add_fields(parser.add_argument_group(title), options)
+        add_fields(parser.add_argument_group(title), options)
     after = parser.add_argument_group("afterwards")
     after.add_argument("--eval", metavar="FILE", help="text on which perplexity is measured before and after")
     after.add_argument("--eval-seqlen", type=int, default=2048, help="tokens a window of that text (default: 2048)")
@@ -63,7 +76,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_fields(group: Any, options: type) -> None:
+def add_fields(group: Any, options: type) -> None:
+    """Add a flag to ``group`` for every field of the dataclass ``options``."""
     for f in dataclasses.fields(options):
         flags = FLAGS.get(f.name, ("--" + f.name.replace("_", "-"),))
         default, text = f.default, f"{f.metadata['help']} (default: {f.default})"
@@ -85,7 +99,8 @@ def _add_fields(group: Any, options: type) -> None:
             )
 
 
-def _options(args: argparse.Namespace, options: type) -> Any:
+def options_of(args: argparse.Namespace, options: type) -> Any:
+    """The dataclass ``options`` with the values of its flags."""
     return options(**{f.name: getattr(args, f.name) for f in dataclasses.fields(options)})
 
 
@@ -94,8 +109,8 @@ def run(args: argparse.Namespace) -> int:
 
     Raises what ``llmq.quantize_model`` raises, and ValueError for an evaluation that could not be made afterwards.
     """
-    scheme, calib = _options(args, QuantScheme), _options(args, CalibConfig)
-    gptq, awq, runtime = _options(args, GPTQConfig), _options(args, AWQConfig), _options(args, RuntimeConfig)
+    scheme, calib = options_of(args, QuantScheme), options_of(args, CalibConfig)
+    gptq, awq = options_of(args, GPTQConfig), options_of(args, AWQConfig)
     if args.eval is not None and not Path(args.eval).is_file():
         raise FileNotFoundError(f"--eval {args.eval}: there is no such file")
     # Only now: the imports take seconds, a typing error should not.
@@ -113,9 +128,10 @@ def run(args: argparse.Namespace) -> int:
         calib=calib,
         gptq=gptq,
         awq=awq,
-        recipe=_options(args, RecipeConfig),
-        budget=_options(args, BudgetConfig),
-        runtime=runtime,
+        recipe=options_of(args, RecipeConfig),
+        budget=options_of(args, BudgetConfig),
+        stats=options_of(args, StatsConfig),
+        runtime=options_of(args, RuntimeConfig),
         head_bits=args.head_bits,
         overwrite=args.overwrite,
         device=args.device,

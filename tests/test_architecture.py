@@ -33,10 +33,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.blockwise",
         "llmq.plan",
         "llmq.report",
+        "llmq.request",
+        "llmq.smallest",
+        "llmq.stats_bank",
         "llmq.tables",
         "llmq.verify",
         "llmq.runtime",
         "llmq.score",
+        "llmq.likelihood",
         "llmq.logits",
         "llmq.kv_feed",
         "llmq.kv_budget",
@@ -44,7 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.evaluation",
     ),
     ("llmq",),
-    ("llmq.quantize", "llmq.cli", "llmq.bench"),
+    ("llmq.quantize", "llmq.cli", "llmq.bench", "llmq.sweep"),
     ("eval", "scripts"),
 )
 # Rooms that meet only in QTensor.

@@ -22,8 +22,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, CohereConfig, CohereForCausalLM
 
 import llmq
-from llmq import evaluation
-from llmq.evaluation import EvalProtocol, evaluate, find, load_for_eval, resolve_bos, score, windows
+from llmq import evaluation, likelihood
+from llmq.evaluation import EvalProtocol, evaluate, find, load_for_eval, resolve_bos, windows
+from llmq.likelihood import score, score_together
 from llmq.score import Score, estimate
 
 Tiny = Callable[..., Path]
@@ -44,7 +45,7 @@ def loaded(tiny_model: Tiny) -> Callable[..., tuple[Any, Any]]:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seven tokens a chunk (384 logits each), so that 39 scored tokens end in a shorter chunk."""
-    monkeypatch.setattr(evaluation, "_CHUNK_LOGITS", 7 * 384)
+    monkeypatch.setattr(likelihood, "_CHUNK_LOGITS", 7 * 384)
 
 
 def naive_logp(model: Any, ids: Tensor) -> Tensor:
@@ -72,6 +73,21 @@ def test_score_is_that_of_a_naive_loop(family: str, loaded: Callable[..., tuple[
     torch.testing.assert_close(result.nll, naive_nll(model, tokens), atol=TOLERANCE, rtol=0)
     assert result.perplexity == pytest.approx(math.exp(naive_nll(model, tokens).mean()), rel=TOLERANCE)
     assert result.tokens_scored == 3 * (SEQLEN - 1)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_models_scored_together_are_scored_as_alone(loaded: Callable[..., tuple[Any, Any]]) -> None:
+    """The same operations on the same numbers, so the same bits; the reference's are computed once."""
+    base, tokenizer = loaded("llama")
+    others = [loaded("llama", seed=seed)[0] for seed in (1, 2)]
+    tokens = windows(TEXT, tokenizer, EvalProtocol(seqlen=SEQLEN, max_windows=2))
+    together = score_together(others, tokens, reference=base)
+    for model, got in zip(others, together, strict=True):
+        alone = score(model, tokens, reference=base)
+        for name in ("nll", "reference_nll", "token_kl", "token_agree"):
+            assert torch.equal(getattr(got, name), getattr(alone, name)), name
+    assert not torch.equal(together[0].nll, together[1].nll)
+    assert [s.reference_nll is None for s in score_together(others, tokens)] == [True, True]
 
 
 def test_soft_cap_matters_on_the_tiny_gemma2(loaded: Callable[..., tuple[Any, Any]]) -> None:

@@ -12,8 +12,9 @@ import torch
 from transformers import CohereConfig, CohereForCausalLM
 
 from llmq import CalibConfig, KVCacheConfig, QuantScheme, RuntimeConfig, quantize_model, set_kv_cache
-from llmq.evaluation import EvalProtocol, evaluate, load_for_eval, main, score, windows
+from llmq.evaluation import EvalProtocol, evaluate, load_for_eval, main, windows
 from llmq.kv_feed import KVFeed
+from llmq.likelihood import score
 
 Tiny = Callable[..., Path]
 TEXT = "def main(argv):\n    '''Parse the arguments – naïvely.'''\n    return json.loads(argv[0])\n" * 30

@@ -90,6 +90,16 @@ def check_magic(path: Path) -> None:
         raise ValueError(f"{path} begins with {magic!r}, a GGUF file with {b'GGUF'!r}: it is something else or damaged")
 
 
+def open_reader(path: Path) -> Any:
+    """A ``gguf.GGUFReader`` of the file. Raises FileNotFoundError or ValueError for what is no whole GGUF file."""
+    check_magic(path)
+    with _one_reader():
+        try:
+            return _reader(path)
+        except Exception as error:  # the parser indexes whatever the bytes say, so any error may come out of it
+            raise _damaged(path, error) from error
+
+
 def _reader(path: Path) -> Any:
     import gguf
 

@@ -105,6 +105,11 @@ class SourceModel:
         """The i-th decoder block."""
         return self.model.get_submodule(self.block_names[i])
 
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """Linears of a block that share their input, in the order of solving."""
+        return [group for group in self.family.linear_groups if set(group) <= set(self.block_linears(0))]
+
     def block_linears(self, i: int) -> dict[str, tuple[int, int]]:
         """Local name -> (out_features, in_features) of the linears of block ``i``, in the order of solving."""
         block = self.block(i)

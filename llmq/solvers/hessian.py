@@ -32,7 +32,7 @@ class InputStats:
     Attributes:
         H: f64[K, K], the sum of x x^T (see :meth:`hessian` for the mean).
         cross: f64[K, K], the sum of (x_original - x) x^T; None unless ``paired``.
-        abs_sum: f64[K], the sum of |x|.
+        abs_sum, abs_max: f64[K], the sum and the largest of |x|.
         n_tokens: tokens taken.
         n_dropped: tokens left out because they were not finite.
         memo: what solvers derive from H once for all linears that share it (a factor, say), by their own keys.
@@ -42,6 +42,7 @@ class InputStats:
         self.H = torch.zeros(in_features, in_features, dtype=torch.float64)
         self.cross = torch.zeros_like(self.H) if paired else None
         self.abs_sum = torch.zeros(in_features, dtype=torch.float64)
+        self.abs_max = torch.zeros_like(self.abs_sum)
         self.n_tokens = 0
         self.n_dropped = 0
         self.memo: dict[Any, Any] = {}
@@ -65,8 +66,21 @@ class InputStats:
             self._add_products(block)
             if self.cross is not None and rest is not None:
                 self.cross += (rest[at : at + 4096].T @ block).double()
-        self.abs_sum += x.abs().sum(0).double()
         self.n_tokens += x.shape[0]
+        if x.shape[0]:
+            x = x.abs()
+            self.abs_sum += x.sum(0).double()
+            torch.maximum(self.abs_max, x.amax(0).double(), out=self.abs_max)
+
+    def include(self, other: InputStats) -> None:
+        """Count the tokens of ``other`` too; neither is paired."""
+        assert self.cross is None, "paired statistics belong to one run"
+        assert other.cross is None, "paired statistics belong to one run"
+        self.H += other.H
+        self.abs_sum += other.abs_sum
+        torch.maximum(self.abs_max, other.abs_max, out=self.abs_max)
+        self.n_tokens += other.n_tokens
+        self.n_dropped += other.n_dropped
 
     def _add_products(self, x: Tensor) -> None:
         """H += x^T x for finite x f32[t, K]. Tiles on and above the diagonal are multiplied; the rest is mirrored."""
