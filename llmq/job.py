@@ -5,12 +5,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from llmq import calibration
 from llmq.config import CalibConfig, QuantScheme
 from llmq.models.load import SourceModel
-from llmq.plan import Plan, make_plan
+from llmq.plan import BASE_BYTES, Plan, make_plan
 from llmq.report import Log
 from llmq.solvers import Method, SolverOptions
+from llmq.tune import memory_needed
+
+
+@dataclass
+class Probe:
+    """First tokens of a calibration window: ids i64[1, t], block-0 input and last block's output f32[1, t, hidden]."""
+
+    ids: Tensor
+    entering: Tensor
+    leaving: Tensor
 
 
 @dataclass
@@ -27,6 +39,8 @@ class Job:
         n_windows: of calibration text.
         rows, folds: lines of the report.
         digests: of every matrix that was solved.
+        learned: lines of the report of what was learned, by step; a step that is not there was not asked for.
+        learning_seconds: spent on that so far.
     """
 
     source: SourceModel
@@ -43,6 +57,8 @@ class Job:
     rows: list[dict[str, Any]] = field(default_factory=list)
     folds: list[dict[str, Any]] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
+    learned: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    learning_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.use({})
@@ -66,3 +82,10 @@ class Job:
             sampled=self.sampled,
         )
         self.schemes = self.plan.schemes()
+        steps = self.options.recipe.steps if self.method.solver == "gptq" else ()
+        if "tune" in steps:
+            n_tokens = self.calib.nsamples * self.calib.seqlen
+            needed = BASE_BYTES + memory_needed(self.source, self.plan.linears, n_tokens)
+            self.plan.peak_bytes = max(self.plan.peak_bytes, needed)
+        if {"tune", "rounding"} & set(steps):
+            self.plan.learning_seconds = 60 * self.options.recipe.max_time

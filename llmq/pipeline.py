@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq import calibration, kernels
+from llmq import calibration, kernels, learn
 from llmq.allocate import allocate, check_budget, read_plan
 from llmq.blockwise import BlockCall, BlockRunner, Observed, Tail, block_inputs, verified_tails
 from llmq.checkpoint import CheckpointWriter, check_output, matrix_tensors, quantization_config
 from llmq.config import HEAD_BITS, AWQConfig, BudgetConfig, CalibConfig, GPTQConfig, QuantScheme, RecipeConfig, one_of
-from llmq.job import Job
+from llmq.job import Job, Probe
 from llmq.models.load import materialize, open_model
 from llmq.models.resolve import resolve
 from llmq.plan import check_memory, kept_dtype
@@ -162,6 +162,9 @@ def _run(
     tokens = texts.tokens if texts is not None else None
     probe = _quantize_blocks(job, writer, tokens)
     now = lap("blocks", now)
+    if texts is not None and probe is not None and learn.learns(job, "tune"):
+        probe = learn.tuning(job, writer, texts, _n_held(job), probe)
+        now = lap("tuning", now)
     tensors, digests = outside_blocks(job.source, job.plan)
     job.digests |= digests
     writer.write_shard(tensors)
@@ -179,6 +182,7 @@ def _run(
     )
     if job.divergence is not None:
         report["divergence"] = job.divergence
+    report |= {"learned": job.learned} if job.learned else {}
     writer.finish(job.source.folder, config, report, model_card(job.plan, report, writer.folder.name))
     job.log("reading the folder back")
     release_memory()
@@ -221,15 +225,6 @@ def _calibration(job: Job) -> calibration.CalibrationSet | None:
     return texts
 
 
-@dataclass
-class Probe:
-    """First tokens of a calibration window: ids i64[1, t], block-0 input and last block's output f32[1, t, hidden]."""
-
-    ids: Tensor
-    entering: Tensor
-    leaving: Tensor
-
-
 def _quantize_blocks(job: Job, writer: CheckpointWriter, tokens: Tensor | None) -> Probe | None:
     """Solve and write every block; returns the probe for the final check (None without calibration text)."""
     source = job.source
@@ -244,8 +239,8 @@ def _quantize_blocks(job: Job, writer: CheckpointWriter, tokens: Tensor | None) 
         cut = min(64, tokens.shape[1])
         probe = Probe(tokens[:1, :cut], hidden[0][:, :cut].clone(), torch.empty(0))
     start = time.perf_counter()
-    # What the original model feeds its blocks, in step with ``hidden``; needed only to repair earlier layers' errors.
-    originals = list(hidden) if _repairs(job) else []
+    # What the original model feeds its blocks, in step with ``hidden``, where a step asks for it.
+    originals = list(hidden) if _repairs(job) or (hidden and learn.learns(job, "rounding")) else []
     for i, name in enumerate(names):
         began = time.perf_counter()
         with materialize(source.block(i), name, source.reader) as block:
@@ -297,23 +292,30 @@ def _quantize_block(
     if runner is not None and not job.options.gptq.true_sequential:
         shared = runner.observe_all(groups)
     tensors: dict[str, Tensor] = {}
+    solved: dict[str, QTensor] = {}
     errors = []
     for group in groups:
         observed = None
         if runner is not None:
-            observed = Observed(shared[group[0]]) if shared else runner.observe(group, teacher, _n_held(job))
+            paired = teacher if _repairs(job) else None
+            observed = Observed(shared[group[0]]) if shared else runner.observe(group, paired, _n_held(job))
         for linear_name in group:
             linear = block.get_submodule(linear_name)
             assert isinstance(linear, nn.Linear)
             full = f"{name}.{linear_name}"
-            solved, row = _solve(job, full, linear_name, linear.weight, observed)
-            tensors.update({f"{full}.{key}": value for key, value in matrix_tensors(solved).items()})
+            solved[linear_name], row = _solve(job, full, linear_name, linear.weight, observed)
             errors += [row["error"]] if row["error"] is not None else []
         if runner is not None:
             runner.settle(group)
-    for r in (runner, teacher):
-        if r is not None:
-            r.advance()
+    if teacher is not None:
+        teacher.advance()
+    if runner is not None:
+        if teacher is not None and learn.learns(job, "rounding"):
+            solved |= learn.rounding(job, name, runner, teacher, solved, _n_held(job))
+        runner.advance()
+    for local, qtensor in solved.items():
+        tensors.update({f"{name}.{local}.{key}": value for key, value in matrix_tensors(qtensor).items()})
+        job.digests[f"{name}.{local}"] = qtensor.digest()
     quantized = {f"{linear}.weight" for group in groups for linear in group}
     for key, parameter in block.named_parameters():
         if key not in quantized:
@@ -342,7 +344,6 @@ def _solve(job: Job, full: str, name: str, weight: Tensor, observed: Observed | 
     row |= {**solved.notes, "seconds": round(time.perf_counter() - began, 3)}
     weight.data.copy_(W_hat)
     job.rows.append(row)
-    job.digests[full] = solved.qtensor.digest()
     return solved.qtensor, row
 
 
