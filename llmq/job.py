@@ -15,6 +15,9 @@ from llmq.report import Log
 from llmq.solvers import Method, SolverOptions
 from llmq.tune import memory_needed
 
+# One window in so many is held out to judge the recipe's steps and what is learned.
+HELD_SHARE = 8
+
 
 @dataclass
 class Probe:
@@ -67,6 +70,11 @@ class Job:
     def sampled(self) -> bool:
         """Whether the model itself writes the calibration text."""
         return self.method.needs_text and calibration.is_sampled(self.calib)
+
+    @property
+    def n_held(self) -> int:
+        """Windows that can be held out; the last ones."""
+        return max(1, self.n_windows // HELD_SHARE) if self.n_windows > 1 else 0
 
     def use(self, schemes: dict[str, QuantScheme]) -> None:
         """Plan the run anew with these schemes of single linears; the others get ``scheme``."""

@@ -26,13 +26,26 @@ def learns(job: Job, step: str) -> bool:
     return asked and (step != "rounding" or any(m.scheme.bits <= MOST_BITS for m in job.plan.linears))
 
 
+def check(job: Job) -> None:
+    """Raise ValueError when something is to be learned and no window could judge it."""
+    asked = [step for step in ("rounding", "tune") if learns(job, step)]
+    if asked and job.calib.nsamples < 2:
+        raise ValueError(
+            f"{' and '.join(asked)} must prove itself on held-out windows, and nsamples is {job.calib.nsamples}; "
+            "use 2 or more, or --preset balanced"
+        )
+
+
+def _why_not(job: Job) -> str:
+    return "--max-time is used up" if job.n_held else "the text is one window, and none can be held out"
+
+
 def rounding(
     job: Job,
     name: str,
     runner: BlockRunner,
     teacher: BlockRunner,
     solved: dict[str, QTensor],
-    n_held: int,
 ) -> dict[str, QTensor]:
     """Learn the rounding of a block and put the weights in place; the linears that changed, by local name.
 
@@ -42,7 +55,6 @@ def rounding(
         runner: of the solved block, not yet advanced.
         teacher: of the original block, advanced.
         solved: the linears by local name.
-        n_held: windows that judge.
     """
     low = {
         local: (qtensor, cast(nn.Linear, teacher.block.get_submodule(local)).weight.detach())
@@ -52,10 +64,13 @@ def rounding(
     recipe, names = job.options.recipe, job.source.block_names
     share = ROUNDING_SHARE if "tune" in recipe.steps else 1.0
     left = (60 * recipe.max_time * share - job.learning_seconds) / (len(names) - names.index(name))
-    if not low or not n_held or left <= 0:
+    if not low:
+        return {}
+    if left <= 0 or not job.n_held:
+        job.learned.setdefault("rounding", []).append({"block": name, "left_out": _why_not(job)})
         return {}
     began = time.perf_counter()
-    windows = Windows(runner.hidden, teacher.hidden, n_held)
+    windows = Windows(runner.hidden, teacher.hidden, job.n_held)
     better, report = learn_rounding(name, runner.block, runner.call, windows, low, seed=job.calib.seed, seconds=left)
     for local, qtensor in better.items():
         cast(nn.Linear, runner.block.get_submodule(local)).weight.data.copy_(qtensor.dequantize())
@@ -71,19 +86,18 @@ def rounding(
     return better
 
 
-def tuning(job: Job, writer: CheckpointWriter, texts: CalibrationSet, n_held: int, probe: Probe) -> Probe:
+def tuning(job: Job, writer: CheckpointWriter, texts: CalibrationSet, probe: Probe) -> Probe:
     """Tune the scales of all blocks in the writer's shards; report and digests follow.
 
     Returns:
         ``probe`` as the tuned blocks give it.
     """
     seconds = 60 * job.options.recipe.max_time - job.learning_seconds
-    if not n_held or seconds <= 0:
-        why = "--max-time is used up" if n_held else "the text is one window, and none can be held out"
-        job.log(f"tuning scales: left out, {why}")
-        job.learned["tune"] = [{"left_out": why}]
+    if seconds <= 0 or not job.n_held:
+        job.log(f"tuning scales: left out, {_why_not(job)}")
+        job.learned["tune"] = [{"left_out": _why_not(job)}]
         return probe
-    train, held = (pieces_of(t, bos=texts.bos) for t in (texts.tokens[:-n_held], texts.tokens[-n_held:]))
+    train, held = (pieces_of(t, bos=texts.bos) for t in (texts.tokens[: -job.n_held], texts.tokens[-job.n_held :]))
     tuned = tune(job.source, writer, job.plan.linears, train, held, seed=job.calib.seed, seconds=seconds, log=job.log)
     job.learned["tune"] = [tuned.report]
     job.learning_seconds += tuned.report["seconds"]

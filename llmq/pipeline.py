@@ -41,8 +41,6 @@ from llmq.tables import outside_blocks
 from llmq.verify import check_folder
 
 DEVICES = ("cpu",)
-# One window in so many is held out to judge the recipe's steps.
-HELD_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -106,6 +104,7 @@ def quantize_model(
     if row.needs_text:
         calibration.check(calib, max_positions=source.max_positions)
     job = Job(source, scheme, head_bits, row, options, calib, log)
+    learn.check(job)
     if budget.plan:
         job.use(read_plan(budget.plan, job.plan.linears))
     if budget.target_bpw:
@@ -163,7 +162,7 @@ def _run(
     probe = _quantize_blocks(job, writer, tokens)
     now = lap("blocks", now)
     if texts is not None and probe is not None and learn.learns(job, "tune"):
-        probe = learn.tuning(job, writer, texts, _n_held(job), probe)
+        probe = learn.tuning(job, writer, texts, probe)
         now = lap("tuning", now)
     tensors, digests = outside_blocks(job.source, job.plan)
     job.digests |= digests
@@ -267,7 +266,7 @@ def _repairs(job: Job) -> bool:
 def _n_held(job: Job) -> int:
     """Windows held out to judge the steps; the last ones."""
     judged = job.method.solver == "gptq" and job.options.gptq.true_sequential and job.options.recipe.steps
-    return max(1, job.n_windows // HELD_SHARE) if judged and job.n_windows > 1 else 0
+    return job.n_held if judged else 0
 
 
 def _quantize_block(
@@ -311,7 +310,7 @@ def _quantize_block(
         teacher.advance()
     if runner is not None:
         if teacher is not None and learn.learns(job, "rounding"):
-            solved |= learn.rounding(job, name, runner, teacher, solved, _n_held(job))
+            solved |= learn.rounding(job, name, runner, teacher, solved)
         runner.advance()
     for local, qtensor in solved.items():
         tensors.update({f"{name}.{local}.{key}": value for key, value in matrix_tensors(qtensor).items()})

@@ -199,6 +199,12 @@ def summary(folder: Path, plan: Plan, report: dict[str, Any]) -> str:
         lines.append(
             f"mean output error of a linear: {100 * errors[1]:.3f} % (round to nearest: {100 * errors[0]:.3f} %)"
         )
+    for tuned in report.get("learned", {}).get("tune", []):
+        if "kl_after" in tuned:
+            lines.append(
+                f"scales tuned: divergence from the original on held-out text {tuned['kl_before']:.4f} -> "
+                f"{tuned['kl_after']:.4f} nats a token"
+            )
     lines += [f"details in {folder / REPORT_NAME}", "", "load it:", *(f"    {line}" for line in load_lines(folder))]
     return "\n".join(lines)
 

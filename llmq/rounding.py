@@ -3,8 +3,9 @@
 SignRound (arXiv 2309.05516) started from integers that a solver has made: ``W_hat = s m (clip(round(p + V)) - z)`` with
 p the weight on its grid, V in [-0.5, 0.5] an offset for every weight and m a factor for every scale. V and m go down
 the squared error of the block's output by the sign of its gradient, rounding taken as the identity, in steps that
-shrink to 0. The error is that against the original block on the original model's hidden states. The best iterate on
-held-out windows is kept.
+shrink to 0. The error is that against the original block on the original model's hidden states, a token's as a share of
+its own energy: that is how the norm behind the block sees it, and a first token a thousand times larger than the others
+does not drown them. The best iterate on held-out windows is kept.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ ITERATIONS = 200
 JUDGE_EVERY = 20
 # Tokens of an iteration: so many windows are drawn.
 BATCH_TOKENS = 1024
-# Steps of V and of m at the first iteration; V's lets an offset cross its range, 0.5, over all iterations.
-V_STEP, M_STEP = 1 / ITERATIONS, 0.1 / ITERATIONS
+# How far V and m can move in all: the first step is a share of ITERATIONS of it. V's takes an offset across its range.
+V_REACH, M_REACH = 1.0, 0.1
 # How near a weight may start to the border of its code: the solver's integers are what V = 0 stands for.
 MARGIN = 0.49
 
@@ -88,8 +89,8 @@ class Rounded:
         inside = self.p + self.V
         inside = (inside >= -0.5) & (inside <= scheme.levels - 0.5)
         dV = dW * expand_groups(s.sign(), K, scheme) * inside
-        self.V.sub_(dV.sign_(), alpha=V_STEP * share).clamp_(-0.5, 0.5)
-        self.m.sub_(dm.sign_(), alpha=M_STEP * share)
+        self.V.sub_(dV.sign_(), alpha=V_REACH / ITERATIONS * share).clamp_(-0.5, 0.5)
+        self.m.sub_(dm.sign_(), alpha=M_REACH / ITERATIONS * share)
 
     def result(self) -> QTensor:
         """The matrix as it stands."""
@@ -127,8 +128,8 @@ def learn_rounding(
         seconds: when to stop; a run that the clock does not stop is reproducible.
 
     Returns:
-        The linears that changed (none when the held-out loss did not fall), and the report: losses are relative to the
-        energy of what the block adds to its input.
+        The linears that changed (none when the held-out loss did not fall), and the report with that loss before and
+        after.
 
     Raises:
         ValueError: something is not finite; names the linear.
@@ -142,10 +143,12 @@ def learn_rounding(
     best: dict[str, QTensor] = {}
     generator = torch.Generator().manual_seed(seed)
     batch = max(1, BATCH_TOKENS // windows.inputs[0].shape[1])
-    taken = 0
+    taken, clocked = 0, False
     for taken in range(1, ITERATIONS + 1):
         drawn = torch.randperm(n_train, generator=generator)[:batch].tolist()
-        learner.step(drawn, 1 - (taken - 1) / ITERATIONS)
+        by_clock = (time.perf_counter() - began) / max(seconds, 1e-9)
+        clocked |= by_clock > taken / ITERATIONS
+        learner.step(drawn, max(0.0, 1 - (by_clock if by_clock > taken / ITERATIONS else (taken - 1) / ITERATIONS)))
         late = time.perf_counter() - began > seconds
         if late or taken % JUDGE_EVERY == 0 or taken == ITERATIONS:
             loss = learner.loss(judges)
@@ -154,6 +157,7 @@ def learn_rounding(
         if late:
             break
     report = {"block": name, "loss_before": start, "loss_after": least, "iterations": taken}
+    report["stopped_by_clock"] = clocked
     return best, report | {"seconds": round(time.perf_counter() - began, 2)}
 
 
@@ -164,12 +168,12 @@ class _Learner:
         self, name: str, block: nn.Module, call: BlockCall, windows: Windows, linears: dict[str, Rounded]
     ) -> None:
         self.name, self.block, self.call, self.windows, self.linears = name, block, call, windows, linears
-        energy = [(y - x).square().mean() for x, y in zip(windows.inputs, windows.targets, strict=True)]
-        self.energy = float(torch.stack(energy).mean()) or 1.0
 
     def _error(self, i: int, weights: dict[str, Tensor]) -> Tensor:
-        y = run_block(self.block, weights, self.windows.inputs[i], self.call)
-        return (y - self.windows.targets[i]).square().mean() / self.energy
+        """Mean over the tokens of window i."""
+        y, target = run_block(self.block, weights, self.windows.inputs[i], self.call), self.windows.targets[i]
+        energy = target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        return ((y - target).square().sum(-1) / energy).mean()
 
     def _weights(self) -> dict[str, Tensor]:
         return {f"{local}.weight": linear.weight() for local, linear in self.linears.items()}
