@@ -23,10 +23,16 @@ class TwoLinears(nn.Module):
 
 
 def case(scheme=SCHEMES[0], n_windows=18):
-    """A block rounded to nearest, its windows, its integers with the original weights."""
+    """A block rounded to nearest, its windows, its integers with the original weights.
+
+    Inputs are correlated: where they are not, rounding to nearest leaves nothing to learn.
+    """
     torch.manual_seed(0)
     block = TwoLinears().requires_grad_(False)
-    inputs = [torch.randn(1, 40, K) @ torch.diag(torch.rand(K) * 2) for _ in range(n_windows)]
+    for linear in block.children():
+        linear.weight.mul_(3)  # what the block adds must not vanish beside its input
+    mix = torch.randn(12, K) / 3
+    inputs = [torch.randn(1, 40, 12) @ mix + 0.2 * torch.randn(1, 40, K) for _ in range(n_windows)]
     targets = [block(x) for x in inputs]
     solved = {}
     for name, linear in block.named_children():
