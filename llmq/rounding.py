@@ -28,10 +28,11 @@ ITERATIONS = 200
 JUDGE_EVERY = 20
 # Tokens of an iteration: so many windows are drawn.
 BATCH_TOKENS = 1024
-# How far V and m can move in all: the first step is a share of ITERATIONS of it. V's takes an offset across its range.
-V_REACH, M_REACH = 1.0, 0.1
-# How near a weight may start to the border of its code: the solver's integers are what V = 0 stands for.
-MARGIN = 0.49
+# The first step is a share of ITERATIONS of this; as steps shrink to 0, V and m can move half as far in all.
+V_REACH, M_REACH = 0.5, 0.1
+# How far from its code a weight may start. Error feedback has moved many weights past the border to the next code;
+# started there they would all change in the first steps, and nothing would be left of the solver's work.
+MARGIN = 0.3
 
 
 @dataclass
