@@ -73,6 +73,14 @@ def answering(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
         del module.__dict__["forward"]
 
 
+def run_block(block: nn.Module, parameters: dict[str, Tensor], hidden: Tensor, call: BlockCall) -> Tensor:
+    """The block's output f32[1, t, hidden], ``parameters`` standing in for its own; gradients flow into both."""
+    output = torch.func.functional_call(block, parameters, (hidden, *call.args), call.kwargs)
+    result = output[0] if isinstance(output, tuple) else output
+    assert isinstance(result, Tensor)
+    return result
+
+
 @contextmanager
 def compact_embedding(source: SourceModel, tokens: Tensor) -> Iterator[Tensor]:
     """Load only the embedding rows that ``tokens`` use; yields the tokens renumbered to those rows.
@@ -250,6 +258,10 @@ class BlockRunner:
         while self._kept:
             outputs.append(linear(self._kept.pop(0)))
         self._settled.append((self.tails[group[0]], outputs))
+
+    def forget(self) -> None:
+        """Call when settled weights change: what was remembered of submodules no longer holds."""
+        self._settled = []
 
     @torch.no_grad()
     def advance(self) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmq.config import KVCacheConfig, QuantScheme, RuntimeConfig
@@ -154,6 +154,27 @@ class CheckpointWriter:
             assert key not in self.weight_map, f"{key} written twice"
             self.weight_map[key] = name
             self.total_bytes += value.numel() * value.element_size()
+
+    def read(self, prefix: str) -> dict[str, Tensor]:
+        """Tensors written so far whose names begin with ``prefix``, by full name."""
+        found: dict[str, Tensor] = {}
+        for shard in sorted({s for name, s in self.weight_map.items() if name.startswith(prefix)}):
+            with safe_open(self.partial / shard, framework="pt") as f:
+                found |= {name: f.get_tensor(name) for name in f.keys() if name.startswith(prefix)}  # noqa: SIM118
+        return found
+
+    def replace(self, tensors: dict[str, Tensor]) -> None:
+        """Write new values of tensors that were written before, by full name; shapes and dtypes stay."""
+        for shard in sorted({self.weight_map[name] for name in tensors}):
+            path = self.partial / shard
+            held = load_file(path)
+            for name in held.keys() & tensors.keys():
+                old, new = held[name], tensors[name].contiguous()
+                assert (old.shape, old.dtype) == (new.shape, new.dtype), f"{name} changes its layout"
+                held[name] = new
+            with disk_errors(self.partial):
+                save_file(held, path.with_suffix(".tmp"), {"format": "pt"})
+                path.with_suffix(".tmp").rename(path)
 
     def finish(self, source: Path, config: dict[str, Any], report: dict[str, Any], card: str) -> None:
         """Write index, other files, report, card and, last, config.json. The folder is complete but not published."""

@@ -113,23 +113,28 @@ class GPTQConfig:
             raise ValueError(f"grid_steps is {self.grid_steps}; use 0 (min-max) to 1000 (usual: 20)")
 
 
-STEPS = ("target", "refit", "descent", "damping")
+STEPS = ("target", "refit", "descent", "damping", "rounding", "tune")
 PRESETS: dict[str, tuple[str, ...]] = {
     "fast": (),
     "balanced": ("target", "refit", "descent"),
-    "best": ("target", "refit", "descent", "damping"),
+    "best": ("target", "refit", "descent", "damping", "rounding", "tune"),
 }
 
 
 @dataclass(frozen=True)
 class RecipeConfig:
-    """What is done around GPTQ, see ``llmq.solvers.recipe``; ``only`` names the steps one by one."""
+    """What is done around GPTQ, see ``llmq.solvers.recipe`` and ``llmq.learn``; ``only`` names the steps singly."""
 
     preset: str = option("balanced", "what is done around GPTQ; fast: nothing", choices=tuple(PRESETS))
     only: str = option("", f"just these steps instead of the preset's, comma-separated: {', '.join(STEPS)}")
+    max_time: float = option(
+        30.0, "minutes for what is learned (rounding, tune); a run that they end is not reproducible bit by bit"
+    )
 
     def __post_init__(self) -> None:
         one_of("preset", self.preset, PRESETS)
+        if not 0 < self.max_time < float("inf"):
+            raise ValueError(f"max_time is {self.max_time:g}; it is a number of minutes above 0 (usual: 30)")
         for step in self.steps:
             one_of("a step", step, STEPS)
 

@@ -13,10 +13,23 @@ from llmq import calibration
 from llmq.blockwise import Observed
 from llmq.config import BudgetConfig, CalibConfig, QuantScheme, RuntimeConfig
 from llmq.models.load import SourceModel
-from llmq.plan import Plan, make_plan
+from llmq.plan import BASE_BYTES, Plan, make_plan
 from llmq.report import Log, duration
 from llmq.solvers import Method, SolverOptions
 from llmq.stats_bank import BANKED_STEPS, Bank
+from llmq.tune import memory_needed
+
+# One window in so many is held out to judge the recipe's steps and what is learned.
+HELD_SHARE = 8
+
+
+@dataclass
+class Probe:
+    """First tokens of a calibration window: ids i64[1, t], block-0 input and last block's output f32[1, t, hidden]."""
+
+    ids: Tensor
+    entering: Tensor
+    leaving: Tensor
 
 
 @dataclass
@@ -34,6 +47,8 @@ class Job:
         n_windows: of calibration text.
         rows, folds: lines of the report.
         digests: of every matrix that was solved.
+        learned: lines of the report of what was learned, by step; a step that is not there was not asked for.
+        learning_seconds: spent on that so far.
     """
 
     source: SourceModel
@@ -53,6 +68,8 @@ class Job:
     rows: list[dict[str, Any]] = field(default_factory=list)
     folds: list[dict[str, Any]] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
+    learned: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    learning_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.use({})
@@ -94,6 +111,11 @@ class Job:
         calib = self.calib
         return f"{calib.calib}: {calib.nsamples} windows of {calib.seqlen} tokens" if self.reads_text else "none needed"
 
+    @property
+    def n_held(self) -> int:
+        """Windows that can be held out; the last ones."""
+        return max(1, self.n_windows // HELD_SHARE) if self.n_windows > 1 else 0
+
     def use(self, schemes: dict[str, QuantScheme]) -> None:
         """Plan the run anew with these schemes of single matrices; the other linears get ``scheme``."""
         self.plan = make_plan(
@@ -109,6 +131,12 @@ class Job:
             banked=self.bank is not None,
         )
         self.schemes = self.plan.schemes()
+        if "tune" in self.steps:
+            n_tokens = self.calib.nsamples * self.calib.seqlen
+            needed = BASE_BYTES + memory_needed(self.source, self.plan.linears, n_tokens)
+            self.plan.peak_bytes = max(self.plan.peak_bytes, needed)
+        if {"tune", "rounding"} & set(self.steps):
+            self.plan.learning_seconds = 60 * self.options.recipe.max_time
         if self.steps_left_out:
             left_out = ", ".join(self.steps_left_out)
             self.plan.warnings.append(f"a bank holds no streams of the quantized model; left out: {left_out}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmq import calibration, kernels
+from llmq import calibration, kernels, learn
 from llmq.allocate import budget_bytes, check_size, choices_of
 from llmq.blockwise import BlockCall, BlockRunner, Observed, Tail, block_inputs, verified_tails
 from llmq.checkpoint import CheckpointWriter, check_output, matrix_tensors, quantization_config
@@ -27,7 +27,7 @@ from llmq.config import (
     StatsConfig,
     one_of,
 )
-from llmq.job import Job, calibration_texts
+from llmq.job import Job, Probe, calibration_texts
 from llmq.models.digest import model_digest
 from llmq.models.load import materialize
 from llmq.plan import kept_dtype
@@ -54,8 +54,6 @@ from llmq.tables import outside_blocks
 from llmq.verify import check_folder
 
 DEVICES = ("cpu",)
-# One window in so many is held out to judge the recipe's steps.
-HELD_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -161,6 +159,9 @@ def _run(
     tokens = texts.tokens if texts is not None else None
     probe = _quantize_blocks(job, writer, tokens)
     now = lap("blocks", now)
+    if texts is not None and probe is not None and learn.learns(job, "tune"):
+        probe = learn.tuning(job, writer, texts, probe)
+        now = lap("tuning", now)
     tensors, digests = outside_blocks(job.source, job.plan)
     job.digests |= digests
     writer.write_shard(tensors)
@@ -181,6 +182,7 @@ def _run(
     report["model"]["digest"] = model_digest(job.source.folder)
     if job.divergence is not None:
         report["divergence"] = job.divergence
+    report |= {"learned": job.learned} if job.learned else {}
     writer.finish(job.source.folder, config, report, model_card(job.plan, report, writer.folder.name))
     check_size(writer.partial, job.budget)
     job.log("reading the folder back")
@@ -194,15 +196,6 @@ def _run(
     text = summary(writer.folder, job.plan, report)
     job.log(text)
     return QuantizationResult(writer.folder, report, text)
-
-
-@dataclass
-class Probe:
-    """First tokens of a calibration window: ids i64[1, t], block-0 input and last block's output f32[1, t, hidden]."""
-
-    ids: Tensor
-    entering: Tensor
-    leaving: Tensor
 
 
 def _quantize_blocks(job: Job, writer: CheckpointWriter, tokens: Tensor | None) -> Probe | None:
@@ -219,8 +212,8 @@ def _quantize_blocks(job: Job, writer: CheckpointWriter, tokens: Tensor | None) 
         cut = min(64, tokens.shape[1])
         probe = Probe(tokens[:1, :cut], hidden[0][:, :cut].clone(), torch.empty(0))
     start = time.perf_counter()
-    # What the original model feeds its blocks, in step with ``hidden``; needed only to repair earlier layers' errors.
-    originals = list(hidden) if _repairs(job) else []
+    # What the original model feeds its blocks, in step with ``hidden``, where a step asks for it.
+    originals = list(hidden) if _repairs(job) or (hidden and learn.learns(job, "rounding")) else []
     for i, name in enumerate(names):
         began = time.perf_counter()
         with materialize(source.block(i), name, source.reader) as block:
@@ -247,7 +240,7 @@ def _repairs(job: Job) -> bool:
 def _n_held(job: Job) -> int:
     """Windows held out to judge the steps; the last ones."""
     judged = job.method.solver == "gptq" and job.options.gptq.true_sequential and job.options.recipe.steps
-    return max(1, job.n_windows // HELD_SHARE) if judged and job.n_windows > 1 else 0
+    return job.n_held if judged else 0
 
 
 def _quantize_block(
@@ -272,23 +265,30 @@ def _quantize_block(
     if runner is not None and not job.options.gptq.true_sequential:
         shared = runner.observe_all(groups)
     tensors: dict[str, Tensor] = {}
+    solved: dict[str, QTensor] = {}
     errors = []
     for group in groups:
         observed = job.banked(f"{name}.{group[0]}")
         if runner is not None:
-            observed = Observed(shared[group[0]]) if shared else runner.observe(group, teacher, _n_held(job))
+            paired = teacher if _repairs(job) else None
+            observed = Observed(shared[group[0]]) if shared else runner.observe(group, paired, _n_held(job))
         for linear_name in group:
             linear = block.get_submodule(linear_name)
             assert isinstance(linear, nn.Linear)
             full = f"{name}.{linear_name}"
-            solved, row = _solve(job, full, linear_name, linear.weight, observed)
-            tensors.update({f"{full}.{key}": value for key, value in matrix_tensors(solved).items()})
+            solved[linear_name], row = _solve(job, full, linear_name, linear.weight, observed)
             errors += [row["error"]] if row["error"] is not None else []
         if runner is not None:
             runner.settle(group)
-    for r in (runner, teacher):
-        if r is not None:
-            r.advance()
+    if teacher is not None:
+        teacher.advance()
+    if runner is not None:
+        if teacher is not None and learn.learns(job, "rounding"):
+            solved |= learn.rounding(job, name, runner, teacher, solved)
+        runner.advance()
+    for local, qtensor in solved.items():
+        tensors.update({f"{name}.{local}.{key}": value for key, value in matrix_tensors(qtensor).items()})
+        job.digests[f"{name}.{local}"] = qtensor.digest()
     quantized = {f"{linear}.weight" for group in groups for linear in group}
     for key, parameter in block.named_parameters():
         if key not in quantized:
@@ -317,7 +317,6 @@ def _solve(job: Job, full: str, name: str, weight: Tensor, observed: Observed | 
     row |= {**solved.notes, "seconds": round(time.perf_counter() - began, 3)}
     weight.data.copy_(W_hat)
     job.rows.append(row)
-    job.digests[full] = solved.qtensor.digest()
     return solved.qtensor, row
 
 

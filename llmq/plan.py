@@ -66,7 +66,10 @@ class Kept:
 
 @dataclass
 class Plan:
-    """The whole run. ``seconds`` and ``peak_bytes`` are predictions, everything else is exact."""
+    """The whole run. ``seconds`` and ``peak_bytes`` are predictions, everything else is exact.
+
+    ``learning_seconds``: at most so long a run learns by gradients, on top of ``seconds``.
+    """
 
     linears: list[Matrix]
     tables: list[Matrix]
@@ -74,6 +77,7 @@ class Plan:
     tied: dict[str, str]
     seconds: float = 0.0
     peak_bytes: int = 0
+    learning_seconds: float = 0.0
     warnings: list[str] = field(default_factory=list)
 
     @property

@@ -81,6 +81,13 @@ def expand_groups(per_group: Tensor, in_features: int, scheme: QuantScheme) -> T
     return per_group.repeat_interleave(scheme.group_width(in_features), dim=1)[:, :in_features]
 
 
+def group_sums(x: Tensor, scheme: QuantScheme) -> Tensor:
+    """[N, K] -> [N, G]: the sum over each group's columns, the transpose of :func:`expand_groups`."""
+    n, k = x.shape
+    width = scheme.group_width(k)
+    return torch.nn.functional.pad(x, (0, -k % width)).view(n, -1, width).sum(2)
+
+
 def dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, scheme: QuantScheme) -> Tensor:
     """f32[N, K] = scale * (q - zero). Arguments as the fields of :class:`QTensor`."""
     k = q.shape[1]

@@ -88,11 +88,12 @@ def plan_table(plan: Plan, *, model: str, family: str, method: str, calibration:
     for (reason, dtype), (count, nbytes) in reasons.items():
         lines.append(f"  {'left as it is: ' + reason:51} {count:6d} {dtype:>11} {size(nbytes):>11}")
     ratio = plan.bytes_before / plan.bytes_after
+    learning = f" and at most {duration(plan.learning_seconds)} of learning" if plan.learning_seconds else ""
     lines += [
         "",
         f"  {size(plan.bytes_before)} in 16 bit -> {size(plan.bytes_after)} ({ratio:.1f} x smaller); "
         f"{plan.bits_per_weight:.3f} bits a weight, {plan.bits_per_weight_all:.3f} with embedding and head",
-        f"  predicted: {duration(plan.seconds)}, peak memory {size(plan.peak_bytes)}",
+        f"  predicted: {duration(plan.seconds)}{learning}, peak memory {size(plan.peak_bytes)}",
         *(f"  warning: {w}" for w in plan.warnings),
     ]
     return "\n".join(lines)
@@ -144,7 +145,11 @@ def build_report(
             "bits_per_weight_linears": plan.bits_per_weight,
             "bits_per_weight_all": plan.bits_per_weight_all,
         },
-        "predicted": {"seconds": plan.seconds, "peak_bytes": plan.peak_bytes},
+        "predicted": {
+            "seconds": plan.seconds,
+            "learning_seconds_at_most": plan.learning_seconds,
+            "peak_bytes": plan.peak_bytes,
+        },
         "linears": rows,
         "tables": [{"name": m.name, "scheme": str(m.scheme), "tied": m.shared_with} for m in plan.tables],
         "kept": [{"name": k.name, "dtype": str(k.dtype), "reason": k.reason} for k in plan.kept],
@@ -202,6 +207,12 @@ def summary(folder: Path, plan: Plan, report: dict[str, Any]) -> str:
         )
     if default := kv_default(report):
         lines.append(f"keys and values are cached in {default} by default (llmq.set_kv_cache changes it)")
+    for tuned in report.get("learned", {}).get("tune", []):
+        if "kl_after" in tuned:
+            lines.append(
+                f"scales tuned: divergence from the original on held-out text {tuned['kl_before']:.4f} -> "
+                f"{tuned['kl_after']:.4f} nats a token"
+            )
     lines += [f"details in {folder / REPORT_NAME}", "", "load it:", *(f"    {line}" for line in load_lines(folder))]
     return "\n".join(lines)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmq import calibration
+from llmq import calibration, learn
 from llmq.allocate import check_budget, read_plan
 from llmq.config import BudgetConfig, CalibConfig, QuantScheme, RuntimeConfig, StatsConfig, one_of
 from llmq.job import Job
@@ -43,6 +43,7 @@ def open_job(
         job.use(read_plan(budget.plan, [*job.plan.linears, *job.plan.tables]))
     if budget.chooses:
         check_budget(source, job.plan, scheme, budget)
+    learn.check(job)
     if job.sampled:
         check_memory(job.plan)
     return job, {"model": model, "family": source.family.name, "method": method, "origin": resolved.origin}

@@ -191,7 +191,7 @@ def _trial(job: Job, choices: Choices, nbytes: int) -> Job:
         if line.startswith("  block"):
             job.log(line)
 
-    trial = Job(job.source, job.scheme, job.head_bits, job.method, job.options, job.calib, log, job.budget)
+    trial = Job(job.source, job.scheme, job.head_bits, job.method, job.options, job.calib, job.runtime, log, job.budget)
     chosen = choices.within(nbytes)
     trial.use(chosen.schemes)
     trial.divergence = chosen.divergence

@@ -6,14 +6,14 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from llmq import calibration
 from llmq.checkpoint import REPORT_NAME
-from llmq.config import CalibConfig, GPTQConfig
+from llmq.config import CalibConfig, GPTQConfig, RuntimeConfig
 from llmq.evaluation import to_stderr
 from llmq.job import asked
 from llmq.models.digest import model_digest
@@ -98,7 +98,7 @@ def _same(folder: Path, row: Row, shared: Shared) -> bool:
     """Whether the folder was made of this model as ``row`` asks."""
     report = _report(folder)
     options = SolverOptions(gptq=shared.gptq, recipe=row.recipe)
-    wanted = asked(row.scheme, options, shared.calib, row.budget, shared.head_bits)
+    wanted = asked(row.scheme, options, shared.calib, row.budget, shared.head_bits) | asdict(RuntimeConfig())
     model = report.get("model", {}).get("digest")
     same_options = report.get("options") == json.loads(json.dumps(wanted)) and "statistics" not in report
     return same_options and report["method"] == row.method and model == model_digest(shared.model)

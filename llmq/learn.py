@@ -1,0 +1,107 @@
+"""What a run learns by gradients, within its ``--max-time``: the rounding of a block, the scales of the whole model."""
+
+from __future__ import annotations
+
+import time
+from typing import cast
+
+from torch import nn
+
+from llmq.blockwise import BlockRunner
+from llmq.calibration import CalibrationSet
+from llmq.checkpoint import CheckpointWriter, matrix_tensors
+from llmq.job import Job, Probe
+from llmq.qtensor import QTensor
+from llmq.report import current_rss, duration, size
+from llmq.rounding import MOST_BITS, Windows, learn_rounding
+from llmq.tune import pieces_of, tune
+
+# Share of the time that rounding may take where scales are tuned afterwards.
+ROUNDING_SHARE = 0.5
+
+
+def learns(job: Job, step: str) -> bool:
+    """Whether this run takes the step ("rounding" or "tune"): it was asked for, and held-out windows can judge it."""
+    asked = step in job.steps
+    return asked and (step != "rounding" or any(m.scheme.bits <= MOST_BITS for m in job.plan.linears))
+
+
+def check(job: Job) -> None:
+    """Raise ValueError when something is to be learned and no window could judge it."""
+    asked = [step for step in ("rounding", "tune") if learns(job, step)]
+    if asked and job.calib.nsamples < 2:
+        raise ValueError(
+            f"{' and '.join(asked)} must prove itself on held-out windows, and nsamples is {job.calib.nsamples}; "
+            "use 2 or more, or --preset balanced"
+        )
+
+
+def _why_not(job: Job) -> str:
+    return "--max-time is used up" if job.n_held else "the text is one window, and none can be held out"
+
+
+def rounding(
+    job: Job,
+    name: str,
+    runner: BlockRunner,
+    teacher: BlockRunner,
+    solved: dict[str, QTensor],
+) -> dict[str, QTensor]:
+    """Learn the rounding of a block and put the weights in place; the linears that changed, by local name.
+
+    Args:
+        job: the run; the report gets a line.
+        name: of the block.
+        runner: of the solved block, not yet advanced.
+        teacher: of the original block, advanced.
+        solved: the linears by local name.
+    """
+    low = {
+        local: (qtensor, cast(nn.Linear, teacher.block.get_submodule(local)).weight.detach())
+        for local, qtensor in solved.items()
+        if qtensor.scheme.bits <= MOST_BITS
+    }
+    recipe, names = job.options.recipe, job.source.block_names
+    share = ROUNDING_SHARE if "tune" in recipe.steps else 1.0
+    left = (60 * recipe.max_time * share - job.learning_seconds) / (len(names) - names.index(name))
+    if not low:
+        return {}
+    if left <= 0 or not job.n_held:
+        job.learned.setdefault("rounding", []).append({"block": name, "left_out": _why_not(job)})
+        return {}
+    began = time.perf_counter()
+    windows = Windows(runner.hidden, teacher.hidden, job.n_held)
+    better, report = learn_rounding(name, runner.block, runner.call, windows, low, seed=job.calib.seed, seconds=left)
+    for local, qtensor in better.items():
+        cast(nn.Linear, runner.block.get_submodule(local)).weight.data.copy_(qtensor.dequantize())
+    if better:
+        runner.forget()
+    job.learned.setdefault("rounding", []).append(report)
+    job.learning_seconds += time.perf_counter() - began
+    job.log(
+        f"  rounding: held-out error of the block {100 * report['loss_before']:.3f} % -> "
+        f"{100 * report['loss_after']:.3f} %  {report['iterations']} steps  "
+        f"{duration(report['seconds'])}  memory {size(current_rss())}"
+    )
+    return better
+
+
+def tuning(job: Job, writer: CheckpointWriter, texts: CalibrationSet, probe: Probe) -> Probe:
+    """Tune the scales of all blocks in the writer's shards; report and digests follow.
+
+    Returns:
+        ``probe`` as the tuned blocks give it.
+    """
+    seconds = 60 * job.options.recipe.max_time - job.learning_seconds
+    if seconds <= 0 or not job.n_held:
+        job.log(f"tuning scales: left out, {_why_not(job)}")
+        job.learned["tune"] = [{"left_out": _why_not(job)}]
+        return probe
+    train, held = (pieces_of(t, bos=texts.bos) for t in (texts.tokens[: -job.n_held], texts.tokens[-job.n_held :]))
+    tuned = tune(job.source, writer, job.plan.linears, train, held, seed=job.calib.seed, seconds=seconds, log=job.log)
+    job.learned["tune"] = [tuned.report]
+    job.learning_seconds += tuned.report["seconds"]
+    stored = {name: matrix_tensors(q) for name, q in tuned.matrices.items()}
+    writer.replace({f"{name}.{key}": t for name, tensors in stored.items() for key, t in tensors.items()})
+    job.digests |= {name: q.digest() for name, q in tuned.matrices.items()}
+    return Probe(probe.ids, probe.entering, tuned.leaving[:, : probe.ids.shape[1]]) if stored else probe
