@@ -125,10 +125,11 @@ KvPages::Page KvPages::new_page() const {
 }
 
 std::vector<KvPages::Page> KvPages::missing(std::int64_t start, std::int64_t count) const {
-  std::int64_t wanted = end_page(start + count);
-  // Between two steps, the pages of the fixed tokens, of those within reach and of the new ones.
+  const std::int64_t end = end_page(start + count);
+  // Pages of the fixed tokens, of those that stay and of the new ones; of a long step, which slides, those of a part.
   const std::int64_t within = std::max(reach_, kCropTokens + block_) + std::min(count, kChunkTokens);
-  wanted = std::min(wanted, pages_of(fixed_) + pages_of(within) + 1);
+  const std::int64_t from = std::max(pages_of(fixed_), first_kept(start) >> page_shift_);
+  const std::int64_t wanted = std::min(end, pages_of(fixed_) + std::min(pages_of(within) + 1, end - from));
   std::vector<Page> fresh;
   for (std::int64_t have = held(); have < wanted; ++have) fresh.push_back(new_page());
   return fresh;
@@ -185,8 +186,8 @@ void KvPages::crop(std::int64_t length) {
     begin_ = round_up(length, kKeyTokens);
     first_ = std::max(pages_of(fixed_), length >> page_shift_);
   }
-  // One stays: speculative decoding crops and grows again at every step.
-  if (spare_.size() > 1) spare_.resize(1);
+  // One stays: speculative decoding crops and grows again at every step. A page of near tokens is quickly had again.
+  spare_.resize(std::min<std::size_t>(spare_.size(), page_shift_ == kNearShift ? 0 : 1));
 }
 
 KvRows KvPages::keys(std::int64_t head) const {
