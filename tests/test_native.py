@@ -341,7 +341,7 @@ def test_memory_of_four_bits_with_near_tokens(folders) -> None:
     s, bare = decoder.new_sequence(kv=config), decoder.new_sequence(kv=replace(config, sinks=0, recent=0))
 
     def near_blocks() -> float:
-        return (s.nbytes - bare.nbytes) / (3 * 2 * 16 * 2 * (16 + 16))  # of 16 tokens, 3 layers, 2 heads, f16
+        return (s.nbytes - bare.nbytes) / (3 * 2 * 16 * 2 * (12 + 16))  # of 16 tokens, 3 layers, 2 heads, f16
 
     for sequence in (s, bare):
         decoder.forward([row[:450]], [sequence])
