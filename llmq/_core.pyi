@@ -126,6 +126,7 @@ def attend(
     kv_heads: int,
     head_dim: int,
     bits: tuple[int, int],
+    by_column: bool,
     sinks: int,
     recent: int,
     window: int,
@@ -136,7 +137,7 @@ def attend(
 class Decoder:
     def __init__(self, spec: DecoderSpec) -> None: ...
     def new_sequence(
-        self, *, layers: list[tuple[int, int]], near_bits: int, rotate: bool, sinks: int, recent: int
+        self, *, layers: list[tuple[int, int]], near_bits: int, by_column: bool, rotate: bool, sinks: int, recent: int
     ) -> Sequence: ...
     def forward(
         self,

@@ -117,10 +117,11 @@ std::int64_t KvPages::first_kept(std::int64_t start) const {
 }
 
 std::int64_t KvPages::missing(std::int64_t start, std::int64_t count) const {
-  std::int64_t wanted = end_page(start + count);
-  // Between two steps, the pages of the fixed tokens, of those within reach and of the new ones.
+  const std::int64_t end = end_page(start + count);
+  // Pages of the fixed tokens, of those that stay and of the new ones; of a long step, which slides, those of a part.
   const std::int64_t within = std::max(reach_, kCropTokens + block_) + std::min(count, kChunkTokens);
-  wanted = std::min(wanted, pages_of(fixed_) + pages_of(within) + 1);
+  const std::int64_t from = std::max(pages_of(fixed_), first_kept(start) >> page_shift_);
+  std::int64_t wanted = std::min(end, pages_of(fixed_) + std::min(pages_of(within) + 1, end - from));
   // Shared pages are of no use to others when they are forgotten, and take a copy when they are written.
   const auto size = static_cast<std::int64_t>(pages_.size());
   const std::int64_t kept = first_kept(start + count) >> page_shift_;
@@ -192,8 +193,8 @@ void KvPages::crop(std::int64_t length) {
     begin_ = round_up(length, kKeyTokens);
     first_ = std::max(pages_of(fixed_), length >> page_shift_);
   }
-  // One stays: speculative decoding crops and grows again at every step.
-  if (spare_.size() > 1) spare_.resize(1);
+  // One stays: speculative decoding crops and grows again at every step. A page of near tokens is quickly had again.
+  spare_.resize(std::min<std::size_t>(spare_.size(), page_shift_ == kNearShift ? 0 : 1));
 }
 
 KvRows KvPages::keys(std::int64_t head) const {
