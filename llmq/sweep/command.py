@@ -229,7 +229,11 @@ def _candidate(job: Sweep, row: Row | str) -> Candidate:
         made = make_row(row, job.shared, to_stderr)
         counted = of_checkpoint(made.stored, job.source)
         series = row.name.rpartition(" ")[0]
-        return Candidate(row.name, series, made.scored, counted, None if row.is_peer else bits, made.cost)
+        if not row.is_peer:
+            return Candidate(row.name, series, made.scored, counted, bits, made.cost)
+        made_with = ", ".join(f"{package} {version}" for package, version in made.cost["versions"].items())
+        about = f"{MAKERS[row.method].about}; {made_with}"
+        return Candidate(row.name, series, made.scored, counted, None, made.cost, about)
     path = job.peers[row]
     return Candidate(row, row, path, of_checkpoint(path, job.source), None, {})
 

@@ -58,7 +58,7 @@ def autoround(job: Job, tokens: Tensor) -> None:
     )
     model, _ = run.quantize()
     save_plain(job, model)
-    run.save_quantized(str(Path(job["folder"]) / "packed"), format="auto_round")
+    run.save_quantized(str(Path(job["folder"]) / "packed"), format="auto_round:auto_gptq")
 
 
 def llmcompressor(job: Job, tokens: Tensor) -> None:

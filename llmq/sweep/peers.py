@@ -142,5 +142,7 @@ INSTALL_LLMC = "pip install llmcompressor, best in a new environment given with 
 MAKERS: dict[str, Maker] = {
     "autoround-50": Maker("AutoRound, 50 iterations", "auto_round", INSTALL_AUTOROUND, "autoround", {"iters": 50}),
     "autoround-200": Maker("AutoRound, 200 iterations", "auto_round", INSTALL_AUTOROUND, "autoround", {"iters": 200}),
-    "llm-compressor": Maker("llm-compressor, GPTQ", "llmcompressor", INSTALL_LLMC, "llmcompressor"),
+    "llm-compressor": Maker(
+        "llm-compressor, GPTQ; scales as wide as the original weights", "llmcompressor", INSTALL_LLMC, "llmcompressor"
+    ),
 }

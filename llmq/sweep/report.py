@@ -55,7 +55,7 @@ def _notes(record: Record) -> str:
     waiting = [name for name in record["rows"] if name not in finished(record) and name not in record["failed"]]
     lines += [f"not done yet: {', '.join(waiting)}"] if waiting else []
     for name, row in finished(record).items():
-        lines += [f"{name}: {note}" for note in row["score"]["notes"]]
+        lines += [f"{name}: {note}" for note in (row["about"], *row["score"]["notes"]) if note]
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -30,6 +30,7 @@ class Candidate:
         bits_per_weight: over the linears.
         activation_bits: to score it with; None: a model of others, as it is.
         cost: seconds and peak bytes of its making, where known.
+        about: what made it, where that was another package.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Candidate:
     bits_per_weight: float
     activation_bits: int | None
     cost: dict[str, Any]
+    about: str = ""
 
 
 def score_candidates(
@@ -84,6 +86,7 @@ def _score(loaded: list[tuple[Candidate, Any]], base: Any, tokens: Tensor, recor
         }
         record["rows"][candidate.name] = {
             "series": candidate.series,
+            "about": candidate.about,
             "path": str(candidate.path),
             "bits_per_weight": candidate.bits_per_weight,
             "activations": "int8" if "int8" in engine else "float",
