@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("llmq.config", "llmq.parallel", "llmq.qtensor", "llmq.packing", "llmq.models.families"),
     ("llmq.kernels.reference", "llmq.solvers", "llmq.formats", "llmq.calibration", "llmq.kv_quant"),
-    ("llmq.kernels", "llmq._core", "llmq.models", "llmq.checkpoint"),
+    ("llmq.kernels", "llmq._core", "llmq.models", "llmq.checkpoint", "llmq.dialects"),
     (
         "llmq.allocate",
         "llmq.job",

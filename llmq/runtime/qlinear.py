@@ -99,10 +99,22 @@ class QLinear(QuantizedMatrix):
         super().__init__(out_features, in_features, scheme)
         self.in_features, self.out_features, self.activation_bits = in_features, out_features, activation_bits
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        # i64[in_features] or None: column j of the matrix takes input column_order[j] (GPTQ's desc_act).
+        self.column_order: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """float[..., in_features] -> float[..., out_features], in the dtype of ``x``; computed in fp32."""
+        if self.column_order is not None:
+            x = x[..., self.column_order]
         return apply_linear(x, self.ready(), self.bias, self.activation_bits)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.column_order is not None and self.packed is not None:  # an empty module is asked while it is loaded
+            raise ValueError(
+                f"{prefix.rstrip('.')} has its columns in another order (desc_act), which llmq's format does not hold;"
+                " keep the folder that it was loaded from"
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 class QEmbedding(QuantizedMatrix):
