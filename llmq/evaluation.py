@@ -27,7 +27,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from llmq import kv_feed
 from llmq.calibration import text_of
@@ -35,6 +35,7 @@ from llmq.config import one_of, option
 from llmq.kv_feed import KVFeed
 from llmq.logits import WindowLogits, engine_of
 from llmq.models.resolve import resolve
+from llmq.runtime.auto import AutoModelForCausalLM
 from llmq.runtime.qlinear import set_activation_bits
 from llmq.score import Score
 

@@ -42,9 +42,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.kv_budget",
         "llmq.needle",
         "llmq.evaluation",
+        "llmq.conversion",
+        "llmq.difference",
+        "llmq.exports",
     ),
     ("llmq",),
-    ("llmq.quantize", "llmq.cli", "llmq.bench"),
+    ("llmq.quantize", "llmq.convert", "llmq.diff", "llmq.cli", "llmq.bench"),
     ("eval", "scripts"),
 )
 # Rooms that meet only in QTensor.

@@ -67,8 +67,7 @@ CASES: dict[str, tuple[str, QuantScheme, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_original(folder: Path) -> Path:
     """A tiny llama whose linears are multiples of 64 wide, as these formats want them."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -81,9 +80,13 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=128,
         tie_word_embeddings=False,
     )
-    folder = tmp_path_factory.mktemp("original")
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_original(tmp_path_factory.mktemp("original"))
 
 
 def linears(folder: Path) -> list[str]:

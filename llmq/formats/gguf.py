@@ -8,7 +8,9 @@ Law: a row of K numbers (K % 32 = 0) is K/32 blocks, one after the other in ``da
 
 A symmetric QTensor of 4 or 8 bits with groups of a multiple of 32 columns is Q4_0 or Q8_0, d repeated in every block of
 a group. An asymmetric one of 4 bits is Q4_1 where all of zero * scale are fp16 numbers (:func:`pack` refuses others).
-Read back without knowledge of the groups it has groups of 32. Source: ggml, ``ggml-common.h``, ``ggml-quants.c``.
+Read back without knowledge of the groups it has groups of 32. The numbers of a Q5_0 and of an IQ4_NL are whole
+multiples of d: they are read as 8-bit codes (:func:`read_int8`), which are written as Q8_0.
+Source: ggml, ``ggml-common.h``, ``ggml-quants.c``.
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ from torch import Tensor
 from llmq.config import QuantScheme
 from llmq.formats.affine import Affine, from_qtensor, to_qtensor
 from llmq.formats.mlx import with_symmetry
-from llmq.formats.row import Inexact, Layout, refuse, require
-from llmq.qtensor import QTensor
+from llmq.formats.row import Inexact, Layout, half_scales, refuse, require
+from llmq.qtensor import QTensor, expand_groups
 
 BLOCK = 32
 # Bytes of a block, by type.
 BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+# Types whose numbers are whole multiples, of at most 127, of their block's scale: bytes of a block.
+INT8 = {"Q5_0": 22, "IQ4_NL": 18}
+INT8_SCHEME = QuantScheme(8, BLOCK, sym=True)
 BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 
 
@@ -105,13 +110,39 @@ def read_blocks(data: Tensor, kind: str) -> Affine:
     body = blocks[..., BYTES[kind] - (32 if kind == "Q8_0" else 16) :]
     codes = body ^ 0x80 if kind == "Q8_0" else torch.cat([body & 15, body >> 4], dim=-1)
     offset = _halves(blocks[..., 2:4]) if kind == "Q4_1" else scale * -float(1 << (BITS[kind] - 1))
-    return Affine(codes.reshape(n, -1), scale, offset, QuantScheme(BITS[kind], BLOCK, kind != "Q4_1"))
+    return Affine(codes.reshape(n, -1), scale, offset, scheme_of(kind))
+
+
+def scheme_of(kind: str) -> QuantScheme:
+    """The scheme of a block type."""
+    return QuantScheme(BITS[kind], BLOCK, sym=kind != "Q4_1")
+
+
+def to_scheme(blocks: Affine, scheme: QuantScheme, name: str) -> QTensor:
+    """The QTensor of ``blocks``; Inexact where it is none of ``scheme``."""
+    return with_symmetry(to_qtensor(blocks, name), scheme, name)
 
 
 def read_qtensor(data: Tensor, kind: str, name: str) -> QTensor:
     """The QTensor of ``data``, groups of 32; Inexact for a Q4_1 whose offsets are no whole zero points."""
-    blocks = read_blocks(data, kind)
-    return with_symmetry(to_qtensor(blocks, name), blocks.scheme, name)
+    return to_scheme(read_blocks(data, kind), scheme_of(kind), name)
+
+
+def read_int8(data: Tensor, kind: str, name: str) -> QTensor:
+    """Q5_0 (5-bit codes) and IQ4_NL (a table of 16 whole numbers) as 8-bit symmetric codes, exactly, groups of 32.
+
+    Raises:
+        ValueError: a scale that is not finite.
+        Inexact: numbers that are no whole multiples of their block's scale; both types have none.
+    """
+    n, nbytes = data.shape[0], INT8[kind]
+    scale = half_scales(_halves(data.reshape(n, -1, nbytes)[..., :2]), name).float()
+    value = dequantize(data, kind)
+    step = expand_groups(torch.where(scale == 0, torch.ones_like(scale), scale), value.shape[1], INT8_SCHEME)
+    codes = (value / step).round_()
+    if not torch.equal(codes * step, value) or bool((codes.abs() > 127).any()):
+        raise Inexact(f"{name}: {kind} with numbers that are no whole multiples of their scale")
+    return QTensor((codes + 128).to(torch.uint8), scale.half(), None, INT8_SCHEME)
 
 
 def dequantize(data: Tensor, kind: str) -> Tensor:

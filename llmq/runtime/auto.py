@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from llmq.config import one_of
+from llmq.checkpoint import FORMAT_VERSION
+from llmq.config import cache_folder, one_of
+from llmq.conversion import convert
 from llmq.dialects import INEXACT, quantization_block
 from llmq.runtime.foreign import foreign_config
+
+# Raised when a conversion of a GGUF file would come out differently, so that cached ones of an older llmq are not used.
+CONVERSION = 1
+log = logging.getLogger(__name__)
 
 
 class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
@@ -23,7 +32,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         """A model from a folder or a hub id; all arguments of transformers' method, and one more.
 
         Args:
-            name: folder or hub id.
+            name: folder, hub id or ``.gguf`` file (converted once, into llmq's cache).
             args, kwargs: as transformers takes them. Folders of other tools are computed in float32 unless ``dtype``
                 says otherwise.
             inexact: what to do with stored numbers that the kernels cannot hold exactly: ``refuse`` (an error that
@@ -33,6 +42,9 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             ValueError: a method that llmq does not read, a damaged folder, numbers that cannot be held.
         """
         one_of("inexact", inexact, INEXACT)
+        if str(name).lower().endswith(".gguf") and Path(name).expanduser().is_file():
+            kwargs.setdefault("dtype", torch.float32)
+            return super().from_pretrained(_expanded(Path(name).expanduser(), inexact), *args, **kwargs)
         if "config" in kwargs or "gguf_file" in kwargs:
             return super().from_pretrained(name, *args, **kwargs)
         hub = {k: kwargs[k] for k in ("cache_dir", "local_files_only", "revision", "subfolder", "token") if k in kwargs}
@@ -42,6 +54,16 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         config = transformers.AutoConfig.from_pretrained(name, **hub)
         kwargs.setdefault("dtype", torch.float32)
         return super().from_pretrained(name, *args, config=foreign_config(config, inexact), **kwargs)
+
+
+def _expanded(path: Path, inexact: str) -> Path:
+    """The llmq folder of a GGUF file, in the cache; the blocks it shares with llmq's grids are the file's own."""
+    stat = path.stat()
+    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {inexact} {FORMAT_VERSION} {CONVERSION}"
+    folder = cache_folder() / "gguf" / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}-llmq"
+    if not folder.is_dir():  # it gets this name when it is complete
+        convert(path, folder, "llmq", lossy=inexact == "requantize", log=log.warning)
+    return folder
 
 
 def _is_foreign(raw: dict[str, Any]) -> bool:

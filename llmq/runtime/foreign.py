@@ -54,7 +54,9 @@ class ForeignQuantizer(LlmqQuantizer):
             raise ValueError("a quantized folder of another tool needs its files; none came with the config")
         where = str(Path(self._files[0]).parent)
         with torch.device("cpu"):  # transformers builds the model on the meta device
-            self._folder = open_quantized(Path(where), inexact=self.quantization_config.inexact)
+            self._folder = open_quantized(
+                Path(where), inexact=str(getattr(self.quantization_config, "inexact", "refuse"))
+            )
             for name in self._folder.matrices:
                 self._check_bias(name, model, where)
         for line in self._folder.notes:
