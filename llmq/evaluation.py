@@ -212,7 +212,11 @@ class Subject:
     def load(self) -> Any:
         """The model in fp32, in evaluation mode. Raises ValueError if its files are damaged or lack a weight."""
         # Shapes that disagree are collected as missing weights are, so that the error below names both.
-        options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
+        options: dict[str, Any] = {
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+            "local_files_only": True,
+        }
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, **options)
         except SafetensorError as error:

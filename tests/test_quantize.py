@@ -169,7 +169,7 @@ def wide(tmp_path):
     return make_original(tmp_path / "wide")
 
 
-RTN = ["--method", "rtn", "--wbits", "4", "--group-size", "32", "--sym"]
+RTN = ["--method", "rtn", "--wbits", "4", "--group-size", "32"]
 
 
 def test_formats_of_other_tools(tmp_path, capsys):
@@ -177,7 +177,7 @@ def test_formats_of_other_tools(tmp_path, capsys):
     from llmq.report import silent
 
     model, out = str(wide(tmp_path)), tmp_path / "out"
-    flags = ["--model", model, "--output", str(out), *RTN, "--format", "gptq,gguf,llmq"]
+    flags = ["--model", model, "--output", str(out), *RTN, "--sym", "--format", "gptq,gguf,llmq"]
     assert main(flags) == 0, capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-gptq", "out.gguf", "wide"]
     found = [
@@ -196,8 +196,8 @@ def test_formats_of_other_tools(tmp_path, capsys):
     ("flags", "message"),
     [
         (["--format", "exl2"], "--format is 'exl2'; known: llmq, gptq"),
-        (["--format", "gguf", "--asym"], "add --sym"),
-        (["--format", "awq", "--wbits", "3"], "cannot hold model.layers.0.self_attn.q_proj: w3g32sym has 3 bits"),
+        (["--format", "gguf"], "add --sym"),
+        (["--format", "awq", "--wbits", "3"], "cannot hold model.layers.0.self_attn.q_proj: w3g32 has 3 bits"),
     ],
 )
 def test_a_format_that_will_not_hold_it_is_an_error_before_the_work(tmp_path, capsys, flags, message):

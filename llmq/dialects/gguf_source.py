@@ -61,15 +61,17 @@ def open_gguf(path: Path, *, inexact: str, log: Log) -> Source:
     with one_reader() as make:
         try:
             reader = make(path)
-            fields = {n: reader.get_field(n) for n in ("split.count", "general.architecture")}
+            fields = {n: reader.get_field(n) for n in ("split.count", "general.architecture", "tokenizer.ggml.model")}
             arch = fields["general.architecture"].contents()
             count = fields["split.count"].contents() if fields["split.count"] else 1
+            words = fields["tokenizer.ggml.model"]
+            has_tokenizer = words is not None and words.contents() != "no_vocab"
             tensors = {str(t.name): t for t in reader.tensors}
         except Exception as error:  # the parser indexes whatever the bytes say
             raise damaged(path, error) from error
         if count > 1:
             raise ValueError(f"{path} is one part of a model split into {count} files; join them first")
-        folder = _files(path, log)
+        folder = _files(path, has_tokenizer, log)
     raw = read_json(folder / "config.json")
     return _Reading(path, folder, raw, str(arch), tensors, inexact).source()
 
@@ -214,7 +216,7 @@ def _dense(
     return (value - offset).to(dtype) if offset else value.to(dtype).contiguous()
 
 
-def _files(path: Path, log: Log) -> Path:
+def _files(path: Path, has_tokenizer: bool, log: Log) -> Path:
     """Folder of config, generation config and tokenizer of a file; made once."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -230,7 +232,7 @@ def _files(path: Path, log: Log) -> Path:
     try:
         try:
             config = AutoConfig.from_pretrained(path.parent, **where)
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **where) if has_tokenizer else None
         except Exception as error:
             raise damaged(path, error) from error
         if hasattr(config, "quantization_config"):
@@ -239,8 +241,9 @@ def _files(path: Path, log: Log) -> Path:
         config.dtype = torch.float32
         config.save_pretrained(scratch)
         GenerationConfig.from_model_config(config).save_pretrained(scratch)
-        tokenizer.init_kwargs.pop("local_files_only", None)
-        tokenizer.save_pretrained(scratch)
+        if tokenizer is not None:
+            tokenizer.init_kwargs.pop("local_files_only", None)
+            tokenizer.save_pretrained(scratch)
         scratch.chmod(0o755)
         scratch.replace(folder)
     finally:

@@ -159,15 +159,12 @@ def _mlx(p: Places, _row: str) -> dict[str, Any]:
     return {"quantization": block, "quantization_config": block}
 
 
-def _compressed_row(schemes: dict[str, QuantScheme]) -> str:
-    return "int-quantized" if all(s.bits == 8 for s in schemes.values()) else "pack-quantized"
-
-
 TARGETS: dict[str, Target] = {
     "llmq": Target(lambda _: "llmq", True, _native),
     "gptq": Target(lambda s: "gptq" if _all_sym(s) else "gptq_v2", False, _gptq, file="quantize_config.json"),
     "awq": Target(lambda _: "awq", False, _awq, file="quant_config.json", bits=(4,)),
-    "compressed-tensors": Target(_compressed_row, False, _compressed),
+    # int-quantized is for int8 activations: the package unpacks weights alone from pack-quantized only.
+    "compressed-tensors": Target(lambda _: "pack-quantized", False, _compressed),
     "mlx": Target(lambda _: "mlx", True, _mlx),
     "gguf": Target(lambda _: "gguf", True, lambda _p, _r: {}),
 }
