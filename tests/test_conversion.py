@@ -154,6 +154,37 @@ def test_gguf_there_and_back(original: Path, tmp_path: Path) -> None:  # noqa: F
     check_logits(llmq.AutoModelForCausalLM.from_pretrained(path), expected)
 
 
+def test_gguf_of_a_gemma_with_a_tied_embedding(tmp_path: Path) -> None:
+    """Norms are 1 + w in the file; the head is the embedding."""
+    torch.manual_seed(0)
+    config = transformers.Gemma2Config(
+        vocab_size=160,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+        sliding_window=64,
+    )
+    model = transformers.Gemma2ForCausalLM(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.normal_(0, 0.1)  # new ones are 0
+    model.save_pretrained(tmp_path / "gemma")
+    held = native(tmp_path / "gemma", tmp_path / "a", SYM, table=True)
+    path = convert(tmp_path / "a", tmp_path / "b.gguf", "gguf")
+    stored = {t.name: t for t in gguf.GGUFReader(path).tensors}
+    assert "output.weight" not in stored
+    weight = load_file(tmp_path / "gemma" / "model.safetensors")["model.norm.weight"]
+    assert torch.equal(values(stored["output_norm.weight"]), weight + 1)
+    expected = dense_logits(tmp_path / "gemma", {name: t.dequantize() for name, t in held.items()})
+    found = llmq.AutoModelForCausalLM.from_pretrained(path)
+    assert isinstance(found.get_input_embeddings(), llmq.QEmbedding)
+    check_logits(found, expected)
+
+
 def test_q4_1_is_refused_unless_its_offsets_may_be_rounded(original: Path, tmp_path: Path) -> None:  # noqa: F811
     held = native(original, tmp_path / "a", ASYM)
     with pytest.raises(Inexact, match=r"cannot be written as gguf exactly: .*are no fp16 numbers, as Q4_1 needs"):
@@ -234,6 +265,17 @@ def test_types_that_8_bits_hold_exactly(original: Path, tmp_path: Path) -> None:
     assert up.scheme == QuantScheme(8, 32, sym=True)
     q = source.matrices["model.layers.0.self_attn.q_proj"].dequantize()
     assert torch.equal(rope_order(q, 4), dense["blk.0.attn_q.weight"])
+
+
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.2, 0.99])
+def test_a_file_cut_short_is_refused(share: float, original: Path, tmp_path: Path) -> None:  # noqa: F811
+    native(original, tmp_path / "a", SYM)
+    path = convert(tmp_path / "a", tmp_path / "b.gguf", "gguf")
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(ValueError, match=r"b\.gguf"):
+        convert(path, tmp_path / "c", "llmq")
+    assert not (tmp_path / "c").exists()
 
 
 def test_the_command(original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811

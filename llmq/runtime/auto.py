@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import transformers
 
-from llmq.checkpoint import FORMAT_VERSION
+from llmq.checkpoint import FORMAT_VERSION, REPORT_NAME
 from llmq.config import cache_folder, one_of
 from llmq.conversion import convert
 from llmq.dialects import INEXACT, quantization_block
+from llmq.models.reader import read_json
 from llmq.runtime.foreign import foreign_config
 
 # Raised when a conversion of a GGUF file would come out differently, so that cached ones of an older llmq are not used.
@@ -28,11 +29,13 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
     """
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, inexact: str = "refuse", **kwargs: Any) -> Any:  # type: ignore[override]
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, inexact: str = "refuse", **kwargs: Any
+    ) -> Any:
         """A model from a folder or a hub id; all arguments of transformers' method, and one more.
 
         Args:
-            name: folder, hub id or ``.gguf`` file (converted once, into llmq's cache).
+            pretrained_model_name_or_path: folder, hub id or ``.gguf`` file (converted once, into llmq's cache).
             args, kwargs: as transformers takes them. Folders of other tools are computed in float32 unless ``dtype``
                 says otherwise.
             inexact: what to do with stored numbers that the kernels cannot hold exactly: ``refuse`` (an error that
@@ -42,14 +45,14 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             ValueError: a method that llmq does not read, a damaged folder, numbers that cannot be held.
         """
         one_of("inexact", inexact, INEXACT)
+        name = pretrained_model_name_or_path
         if str(name).lower().endswith(".gguf") and Path(name).expanduser().is_file():
             kwargs.setdefault("dtype", torch.float32)
             return super().from_pretrained(_expanded(Path(name).expanduser(), inexact), *args, **kwargs)
         if "config" in kwargs or "gguf_file" in kwargs:
             return super().from_pretrained(name, *args, **kwargs)
         hub = {k: kwargs[k] for k in ("cache_dir", "local_files_only", "revision", "subfolder", "token") if k in kwargs}
-        raw, _ = transformers.PreTrainedConfig.get_config_dict(name, **hub)
-        if not _is_foreign(raw):
+        if not _is_foreign(name, hub):
             return super().from_pretrained(name, *args, **kwargs)
         config = transformers.AutoConfig.from_pretrained(name, **hub)
         kwargs.setdefault("dtype", torch.float32)
@@ -62,14 +65,17 @@ def _expanded(path: Path, inexact: str) -> Path:
     key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {inexact} {FORMAT_VERSION} {CONVERSION}"
     folder = cache_folder() / "gguf" / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}-llmq"
     if not folder.is_dir():  # it gets this name when it is complete
-        convert(path, folder, "llmq", lossy=inexact == "requantize", log=log.warning)
+        convert(path, folder, "llmq", lossy=inexact == "requantize", log=log.info)
+    for note in read_json(folder / REPORT_NAME)["converted"]["notes"]:
+        log.warning("%s", note)
     return folder
 
 
-def _is_foreign(raw: dict[str, Any]) -> bool:
-    """Whether a config.json is that of a foreign dialect; other methods are left to transformers."""
+def _is_foreign(name: Any, hub: dict[str, Any]) -> bool:
+    """Whether a config.json is that of a foreign dialect; other methods, and its absence, are left to transformers."""
     try:
+        raw, _ = transformers.PreTrainedConfig.get_config_dict(name, **hub)
         found = quantization_block(raw)
-    except ValueError:
+    except (ValueError, OSError):
         return False
     return found is not None and found[0] != "llmq"

@@ -60,8 +60,8 @@ class LlmqQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """The integers cannot be trained."""
-        return False
+        """Adapters beside the integers can be: gradients flow through; the integers stay."""
+        return True
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Scales stay fp16, whatever dtype the model is loaded in: they are part of the integers' meaning."""
