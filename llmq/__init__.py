@@ -4,8 +4,6 @@ Importing this package registers its format with transformers, so that ``AutoMod
 llmq folders.
 """
 
-from transformers import AutoModelForCausalLM
-
 from llmq.config import (
     AWQConfig,
     BudgetConfig,
@@ -19,13 +17,17 @@ from llmq.config import (
 )
 from llmq.pipeline import QuantizationResult, quantize_model
 from llmq.qtensor import QTensor
+from llmq.runtime.auto import AutoModelForCausalLM
 from llmq.runtime.causal_lm import set_kv_cache
+from llmq.runtime.foreign import patch_transformers
+from llmq.runtime.foreign import register as _register_foreign
 from llmq.runtime.hf import register as _register
 from llmq.runtime.prompt_cache import load_prompt_cache, save_prompt_cache
 from llmq.runtime.qlinear import QEmbedding, QLinear, set_activation_bits
 from llmq.runtime.quantized_cache import QuantizedKVCache
 
 _register()
+_register_foreign()
 
 __version__ = "0.1.0"
 
@@ -46,6 +48,7 @@ __all__ = [
     "QuantizedKVCache",
     "StatsConfig",
     "load_prompt_cache",
+    "patch_transformers",
     "quantize_model",
     "save_prompt_cache",
     "set_activation_bits",

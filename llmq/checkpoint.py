@@ -272,7 +272,7 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def matrix_layout(n: int, k: int, scheme: QuantScheme) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+def matrix_layout(n: int, k: int, scheme: QuantScheme) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each stored tensor of an n x k matrix, by local name."""
     return native.layout(n, k, scheme)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 BITS = (2, 3, 4, 8)
-GROUP_SIZES = (-1, 32, 64, 128, 256)
+GROUP_SIZES = (-1, 32, 64, 128, 256, 512, 1024)
 HEAD_BITS = (16, 8, 4)
 KV_BITS = (16, 8, 4, 2)
 KEY_SCALES = ("channel", "token")

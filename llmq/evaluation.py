@@ -26,7 +26,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from llmq import kv_feed
 from llmq.calibration import text_of
@@ -35,6 +35,7 @@ from llmq.kv_feed import KVFeed
 from llmq.likelihood import Progress, score
 from llmq.logits import engine_of
 from llmq.models.resolve import resolve
+from llmq.runtime.auto import AutoModelForCausalLM
 from llmq.runtime.qlinear import set_activation_bits
 from llmq.score import Score
 
@@ -162,7 +163,11 @@ class Subject:
     def load(self) -> Any:
         """The model in fp32, in evaluation mode. Raises ValueError if its files are damaged or lack a weight."""
         # Shapes that disagree are collected as missing weights are, so that the error below names both.
-        options = {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
+        options: dict[str, Any] = {
+            "output_loading_info": True,
+            "ignore_mismatched_sizes": True,
+            "local_files_only": True,
+        }
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, **options)
         except SafetensorError as error:

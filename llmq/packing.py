@@ -73,6 +73,33 @@ def unpack_bits(packed: Tensor, bits: int, n_codes: int) -> Tensor:
     return out.reshape(*lead, -1)[..., :n_codes].contiguous()
 
 
+def word_width(n_codes: int, bits: int) -> int:
+    """32-bit words that ``n_codes`` codes of ``bits`` bits take."""
+    return -(-n_codes * bits // 32)
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """As :func:`pack_bits`, in little-endian 32-bit words: u8[..., E] -> i32[..., ceil(E*bits/32)]."""
+    packed = pack_bits(codes, bits)
+    padded = torch.nn.functional.pad(packed, (0, -packed.shape[-1] % 4))
+    # Flat: a view of another width minds the strides of dimensions of size 1, contiguous() does not.
+    return padded.reshape(-1).view(torch.int32).reshape(*codes.shape[:-1], -1)
+
+
+def unpack_words(words: Tensor, bits: int, n_codes: int) -> Tensor:
+    """Inverse of :func:`pack_words`: i32 or u32[..., ceil(n_codes*bits/32)] -> u8[..., n_codes].
+
+    Raises:
+        ValueError: ``bits`` out of range, or a last dimension that disagrees with ``n_codes``.
+    """
+    _check_bits(bits)
+    width = word_width(n_codes, bits)
+    if words.shape[-1] != width:
+        raise ValueError(f"{n_codes} codes of {bits} bits take {width} words a row, the tensor has {words.shape[-1]}")
+    packed = words.reshape(-1).view(torch.uint8).reshape(*words.shape[:-1], -1)
+    return unpack_bits(packed[..., : packed_width(n_codes, bits)], bits, n_codes)
+
+
 def _check_bits(bits: int) -> None:
     if not 1 <= bits <= 8:
         raise ValueError(f"bits is {bits}; codes of 1 to 8 bits can be packed")

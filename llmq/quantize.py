@@ -18,8 +18,10 @@ from llmq.config import (
     RecipeConfig,
     RuntimeConfig,
     StatsConfig,
+    one_of,
 )
 
+FORMAT_NAMES = ("llmq", "gptq", "awq", "compressed-tensors", "mlx", "gguf")
 # Flags of a field where they are not simply --field-name; the first is the one that help shows.
 FLAGS: dict[str, tuple[str, ...]] = {
     "bits": ("--wbits", "--bits", "--w-bits", "--w_bits"),
@@ -60,12 +62,21 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what and where to")
     what.add_argument("--model", required=True, help="local folder, .gguf file, alias (gemma-3-1b, ...) or hub id")
     what.add_argument("--output", help="folder to write (default: <model>-<scheme> in the current folder)")
+    what.add_argument(
+        "--format",
+        default="llmq",
+        help=f"formats to write, comma-separated: {', '.join(FORMAT_NAMES)} (default: llmq). Of several"
+        " each but llmq gets its name added to the output's; gguf is one file. gguf needs --sym",
+    )
     what.add_argument("--overwrite", action="store_true", help="replace the output folder if it is a model folder")
     what.add_argument("--device", default="cpu", help="where to compute; known: cpu (default: cpu)")
     how = parser.add_argument_group("method")
     how.add_argument("--method", default="gptq", help="gptq, awq, awq+gptq or rtn (default: gptq)")
     how.add_argument(
-        "--head-bits", "--head_bits", type=int, default=8, help="embedding and head: 16, 8 or 4 (default: 8)"
+        "--head-bits",
+        "--head_bits",
+        type=int,
+        help="embedding and head: 16, 8 or 4 (default: 8; 16 for formats that have no quantized embedding)",
     )
     for title, options in GROUPS:
         add_fields(parser.add_argument_group(title), options)
@@ -113,14 +124,21 @@ def run(args: argparse.Namespace) -> int:
     gptq, awq = options_of(args, GPTQConfig), options_of(args, AWQConfig)
     if args.eval is not None and not Path(args.eval).is_file():
         raise FileNotFoundError(f"--eval {args.eval}: there is no such file")
+    formats = [name.strip() for name in args.format.split(",")]
+    for name in formats:
+        one_of("--format", name, FORMAT_NAMES)
     # Only now: the imports take seconds, a typing error should not.
     from llmq import evaluation
-    from llmq.pipeline import quantize_model
+    from llmq.exports import check_exports, quantize_to
 
     if args.eval is not None:
         parser = evaluation.build_parser(None, require_reference=False)
         evaluation.prepare(parser.parse_args(["--model", args.model, *_eval_flags(args)]))
-    result = quantize_model(
+    budget = options_of(args, BudgetConfig)
+    if formats != ["llmq"]:
+        check_exports(args.model, scheme, formats, by_module=bool(budget.flag))
+    folder = quantize_to(
+        formats,
         args.model,
         scheme,
         output=args.output,
@@ -129,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
         gptq=gptq,
         awq=awq,
         recipe=options_of(args, RecipeConfig),
-        budget=options_of(args, BudgetConfig),
+        budget=budget,
         stats=options_of(args, StatsConfig),
         runtime=options_of(args, RuntimeConfig),
         head_bits=args.head_bits,
@@ -139,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.eval is None:
         return 0
-    flags = ["--model", str(result.folder), "--reference", args.model, *_eval_flags(args)]
+    flags = ["--model", str(folder), "--reference", args.model, *_eval_flags(args)]
     return evaluation.main(flags, require_reference=True)
 
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("llmq.config", "llmq.parallel", "llmq.qtensor", "llmq.packing", "llmq.models.families"),
     ("llmq.kernels.reference", "llmq.solvers", "llmq.formats", "llmq.calibration", "llmq.kv_quant"),
-    ("llmq.kernels", "llmq._core", "llmq.models", "llmq.checkpoint"),
+    ("llmq.kernels", "llmq._core", "llmq.models", "llmq.checkpoint", "llmq.dialects"),
     (
         "llmq.allocate",
         "llmq.distill",
@@ -50,9 +50,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.kv_budget",
         "llmq.needle",
         "llmq.evaluation",
+        "llmq.conversion",
+        "llmq.difference",
+        "llmq.exports",
     ),
     ("llmq",),
-    ("llmq.quantize", "llmq.cli", "llmq.bench", "llmq.sweep"),
+    ("llmq.quantize", "llmq.convert", "llmq.diff", "llmq.cli", "llmq.bench", "llmq.sweep"),
     ("eval", "scripts"),
 )
 # Rooms that meet only in QTensor.

@@ -1,8 +1,10 @@
+import re
+
 import pytest
 import torch
 
 from llmq.config import BITS, GROUP_SIZES, QuantScheme
-from llmq.formats import FORMATS, native
+from llmq.formats import FORMATS, Inexact, native
 from llmq.qtensor import QTensor, minmax_grid, quantize
 
 SCHEMES = [QuantScheme(b, g, s) for b in BITS for g in GROUP_SIZES for s in (True, False)]
@@ -13,16 +15,65 @@ def random_qtensor(n: int, k: int, scheme: QuantScheme) -> QTensor:
     return quantize(W, *minmax_grid(W, scheme), scheme)
 
 
+SHAPES = [(1, 1), (3, 31), (17, 100), (5, 257), (16, 256), (32, 96), (64, 1024), (40, 384)]
+
+
+def representable(name: str, t: QTensor) -> QTensor:
+    """Q4_1 holds fp16 offsets: scales of few bits make them so."""
+    if name != "gguf" or t.zero is None:
+        return t
+    scale = (t.scale.view(torch.int16) & ~0xF).view(torch.float16)
+    return QTensor(t.q, scale, t.zero, t.scheme)
+
+
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 31), (17, 100), (5, 257), (16, 256)])
-def test_round_trip_is_exact(name, scheme, n, k):
-    t = random_qtensor(n, k, scheme)
-    tensors = FORMATS[name].pack(t)
+def test_round_trip_is_exact(name, scheme):
+    for n, k in SHAPES:
+        check_round_trip(name, scheme, n, k)
+
+
+def check_round_trip(name: str, scheme: QuantScheme, n: int, k: int) -> None:
+    row = FORMATS[name]
+    t = representable(name, random_qtensor(n, k, scheme))
+    reason = row.refusal(n, k, scheme)
+    if reason is not None:
+        with pytest.raises(Inexact, match=re.escape(reason)):
+            row.pack(t)
+        return
+    tensors = row.pack(t)
     kept = {key: value.clone() for key, value in tensors.items()}
-    assert FORMATS[name].unpack(tensors, n, k, scheme).digest() == t.digest()
+    before = t.digest()
+    found = row.unpack(tensors, n, k, scheme)
+    assert found.digest() == t.digest()
     assert all(torch.equal(tensors[key], kept[key]) for key in kept), "unpack must not change its input"
-    assert {key: (tuple(v.shape), v.dtype) for key, v in tensors.items()} == FORMATS[name].layout(n, k, scheme)
+    for part in (found.q, found.scale, found.zero):
+        if part is not None:
+            part.zero_()
+    assert t.digest() == before, "what is unpacked must not share memory with what was packed"
+    assert all(torch.equal(tensors[key], kept[key]) for key in kept), "nor with the tensors"
+    want = row.layout(n, k, scheme)
+    assert {key: tuple(v.shape) for key, v in tensors.items()} == {key: shape for key, (shape, _) in want.items()}
+    floats = {key for key, (_, dtype) in want.items() if dtype.is_floating_point}
+    assert all(tensors[key].dtype == want[key][1] for key in want.keys() - floats)
+
+
+@pytest.mark.parametrize(
+    ("name", "least"),
+    # Of 56 schemes x 8 shapes; a format that refused too much would pass the round trip by saying no.
+    [
+        ("llmq", 448),
+        ("gptq", 112),
+        ("awq", 36),
+        ("pack-quantized", 176),
+        ("int-quantized", 44),
+        ("gguf", 84),
+        ("mlx", 80),
+    ],
+)
+def test_formats_hold_what_they_should(name, least):
+    held = [FORMATS[name].refusal(n, k, s) is None for s in SCHEMES for n, k in SHAPES]
+    assert sum(held) >= least
 
 
 def test_frozen_bytes():

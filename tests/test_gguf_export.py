@@ -13,8 +13,8 @@ from test_gguf import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from llmq.bench.gguf_export import FILE_TYPES, GGUF_FAMILIES, export_gguf, llama3_divisors, rope_order
 from llmq.models.gguf import expand_gguf
+from llmq.models.gguf_export import FILE_TYPES, GGUF_FAMILIES, export_gguf, llama3_divisors, rope_order
 
 Tiny = Callable[..., Path]
 

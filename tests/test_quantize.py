@@ -181,3 +181,47 @@ def test_an_evaluation_that_cannot_be_made_is_refused_before_the_work(
     assert message in captured.err
     assert captured.out == ""
     assert not out.exists()
+
+
+def wide(tmp_path):
+    """A tiny llama whose sizes other tools' formats can hold."""
+    from test_dialects import make_original
+
+    return make_original(tmp_path / "wide")
+
+
+RTN = ["--method", "rtn", "--wbits", "4", "--group-size", "32"]
+
+
+def test_formats_of_other_tools(tmp_path, capsys):
+    from llmq.dialects.source import open_source
+    from llmq.report import silent
+
+    model, out = str(wide(tmp_path)), tmp_path / "out"
+    flags = ["--model", model, "--output", str(out), *RTN, "--sym", "--format", "gptq,gguf,llmq"]
+    assert main(flags) == 0, capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "out-gptq", "out.gguf", "wide"]
+    found = [
+        open_source(p, inexact="refuse", log=silent).matrices
+        for p in (out, tmp_path / "out-gptq", tmp_path / "out.gguf")
+    ]
+    for name, m in found[0].items():
+        for others in found[1:]:
+            assert (others[name].dequantize() == m.dequantize()).all(), name
+    assert main(["--model", model, "--output", str(tmp_path / "alone"), *RTN, "--format", "awq"]) == 0
+    assert json.loads((tmp_path / "alone" / "config.json").read_text())["quantization_config"]["quant_method"] == "awq"
+    assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--format", "exl2"], "--format is 'exl2'; known: llmq, gptq"),
+        (["--format", "gguf"], "add --sym"),
+        (["--format", "awq", "--wbits", "3"], "cannot hold model.layers.0.self_attn.q_proj: w3g32 has 3 bits"),
+    ],
+)
+def test_a_format_that_will_not_hold_it_is_an_error_before_the_work(tmp_path, capsys, flags, message):
+    assert main(["--model", str(wide(tmp_path)), "--output", str(tmp_path / "out"), *RTN, *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

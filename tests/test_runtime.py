@@ -57,6 +57,51 @@ def test_qlinear_keeps_the_dtype_of_its_input():
         assert module(torch.randn(4, 64, dtype=dtype)).dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_is_that_of_the_dequantized_linear(dtype):
+    module, t = filled(QLinear, 1100, 80, SCHEME, bias=False)  # more rows than are dequantized at once
+    module.column_order = torch.randperm(80, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(2, 3, 80, generator=torch.Generator().manual_seed(3)).to(dtype).requires_grad_()
+    up = torch.randn(2, 3, 1100, generator=torch.Generator().manual_seed(4)).to(dtype)
+    out = module(x)
+    assert out.dtype == dtype
+    out.backward(up)
+    expected = torch.empty(2, 3, 80)
+    expected[..., module.column_order] = up.float() @ t.dequantize()
+    # fp32 sums of 1100 products in another order, rounded to the dtype at the end.
+    eps = torch.finfo(dtype).eps
+    assert (x.grad.float() - expected).abs().max() <= (1100**0.5 * 2**-24 + eps) * expected.abs().max()
+    with torch.no_grad():
+        assert torch.equal(module(x), out), "the same numbers with and without gradients"
+
+
+def test_an_adapter_on_a_quantized_base_learns(folder):
+    """LoRA by hand: the loss on a text falls, and only the adapters change."""
+    model = AutoModelForCausalLM.from_pretrained(folder).train()
+    before = {name: m.qtensor().digest() for name, m in model.named_modules() if isinstance(m, QLinear)}
+    model.requires_grad_(False)
+    adapters = []
+    for block in model.get_decoder().layers:
+        base = block.mlp.up_proj
+        lora = torch.nn.Sequential(
+            torch.nn.Linear(base.in_features, 4, bias=False), torch.nn.Linear(4, base.out_features, bias=False)
+        )
+        torch.nn.init.zeros_(lora[1].weight)
+        adapters += lora.parameters()
+        base.register_forward_hook(lambda _m, args, out, lora=lora: out + lora(args[0]))
+    ids = torch.arange(3, 40)[None]
+    optimizer = torch.optim.Adam(adapters, lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(ids, labels=ids).loss
+        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] - 0.05
+    assert {name: m.qtensor().digest() for name, m in model.named_modules() if isinstance(m, QLinear)} == before
+
+
 def test_state_dict_gives_the_checkpoints_tensors_back():
     module, t = filled(QLinear, 20, 70, SCHEME, bias=False)
     state = module.state_dict()

@@ -18,8 +18,8 @@ from test_gguf import write_gguf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmq import QuantScheme, quantize_model
-from llmq.bench.gguf_export import export_gguf
 from llmq.config import STEPS, RecipeConfig
+from llmq.models.gguf_export import export_gguf
 from llmq.models.load import open_model
 from llmq.solvers import rtn
 from llmq.sweep import command, making, peers, report, scoring

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmq.bench.gguf_export import export_gguf
 from llmq.bench.peer_files import ToolFailed, make_onnx, make_openvino
 from llmq.config import QuantScheme, one_of
+from llmq.models.gguf_export import export_gguf
 from llmq.pipeline import quantize_model
 
 Log = Callable[[str], None]

@@ -31,10 +31,10 @@ def pack(t: QTensor) -> dict[str, Tensor]:
     return out
 
 
-def layout(n: int, k: int, scheme: QuantScheme) -> dict[str, tuple[tuple[int, int], torch.dtype]]:
+def layout(n: int, k: int, scheme: QuantScheme) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each tensor of an N x K matrix."""
     groups = scheme.n_groups(k)
-    out = {
+    out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         CODES: ((n, packed_width(k, scheme.bits)), torch.uint8),
         "scales": ((n, groups), torch.float16),
     }

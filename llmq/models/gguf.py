@@ -36,13 +36,13 @@ def expand_gguf(path: Path, folder: Path) -> Path:
     """
     path, folder = Path(path), Path(folder)
     check_magic(path)
-    with _one_reader():
+    with one_reader():
         try:
             reader = _reader(path)
             fields = {name: _value(reader, name) for name in ("split.count", "tokenizer.ggml.add_bos_token")}
             values = sum(int(tensor.n_elements) for tensor in reader.tensors)
         except Exception as error:  # the parser indexes whatever the bytes say, so any error may come out of it
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
         if (fields["split.count"] or 1) > 1:
             raise ValueError(
                 f"{path} is one part of a model split into {fields['split.count']} files;"
@@ -52,7 +52,7 @@ def expand_gguf(path: Path, folder: Path) -> Path:
         try:
             model, tokenizer = _load(path)
         except Exception as error:
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
     _check_bos(path, tokenizer, fields["tokenizer.ggml.add_bos_token"])
     _save(model, tokenizer, folder)
     ids = tokenizer(PROBE).input_ids
@@ -93,11 +93,11 @@ def check_magic(path: Path) -> None:
 def open_reader(path: Path) -> Any:
     """A ``gguf.GGUFReader`` of the file. Raises FileNotFoundError or ValueError for what is no whole GGUF file."""
     check_magic(path)
-    with _one_reader():
+    with one_reader():
         try:
             return _reader(path)
         except Exception as error:  # the parser indexes whatever the bytes say, so any error may come out of it
-            raise _damaged(path, error) from error
+            raise damaged(path, error) from error
 
 
 def _reader(path: Path) -> Any:
@@ -112,11 +112,11 @@ def _value(reader: Any, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _one_reader() -> Iterator[None]:
+def one_reader() -> Iterator[Any]:
     """Let transformers parse the file once for config, weights and tokenizer, and on plain arrays.
 
     It makes a new GGUFReader for each of the three, and each reads a vocabulary of 262144 tokens through slices of a
-    numpy memmap: 25 s a time instead of 8.
+    numpy memmap: 25 s a time instead of 8. Yields what makes such a reader of a path.
     """
     import gguf
     import numpy as np
@@ -141,7 +141,7 @@ def _one_reader() -> Iterator[None]:
 
     gguf.GGUFReader = reader  # type: ignore[misc, assignment]
     try:
-        yield
+        yield reader
     finally:
         gguf.GGUFReader = original  # type: ignore[misc]
 
@@ -208,7 +208,8 @@ def _check_folder(path: Path, folder: Path, ids: list[int]) -> None:
         raise ValueError(f"{path}: its tokenizer gives {ids} for {PROBE!r}, but once saved in {folder} gives {got}")
 
 
-def _damaged(path: Path, error: Exception) -> ValueError:
+def damaged(path: Path, error: Exception) -> ValueError:
+    """The error of a file that a parser stumbled over."""
     reason = (str(error).strip().splitlines() or [""])[0]
     return ValueError(
         f"{path} ({path.stat().st_size} bytes) could not be read: {type(error).__name__}: {reason}."

@@ -129,12 +129,12 @@ def open_model(folder: Path) -> SourceModel:
     folder = Path(folder)
     raw = read_json(folder / "config.json")
     _refuse_quantized(folder, raw)
-    config = _load_config(folder, raw)
+    config = load_config(folder, raw)
     family = family_of(config.model_type)
     reader = WeightReader(folder, renames=family.key_renames if family else GENERIC_RENAMES)
-    model = _empty_model(config)
+    model = empty_model(config)
     family = family or discover_family(model, config.model_type)
-    embed, head = _embedding_names(model, folder)
+    embed, head = embedding_names(model, folder)
     source = SourceModel(
         folder=folder,
         config=config,
@@ -240,7 +240,8 @@ def _refuse_quantized(folder: Path, raw: dict[str, Any]) -> None:
             )
 
 
-def _load_config(folder: Path, raw: dict[str, Any]) -> Any:
+def load_config(folder: Path, raw: dict[str, Any]) -> Any:
+    """The folder's config as transformers makes it; ``raw`` is its config.json. ValueError where it makes none."""
     from transformers import AutoConfig
 
     try:
@@ -254,7 +255,8 @@ def _load_config(folder: Path, raw: dict[str, Any]) -> Any:
         ) from error
 
 
-def _empty_model(config: Any) -> nn.Module:
+def empty_model(config: Any) -> nn.Module:
+    """The causal LM of ``config`` with its parameters on meta. ValueError where transformers makes none."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -270,7 +272,8 @@ def _empty_model(config: Any) -> nn.Module:
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
-def _embedding_names(model: Any, folder: Path) -> tuple[str, str]:
+def embedding_names(model: Any, folder: Path) -> tuple[str, str]:
+    """Paths of token embedding and output head. ValueError for a model without."""
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     paths = {id(m): path for path, m in model.named_modules()}
     if embed is None or head is None or id(embed) not in paths or id(head) not in paths:

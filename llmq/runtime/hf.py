@@ -60,8 +60,8 @@ class LlmqQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """The integers cannot be trained."""
-        return False
+        """Adapters beside the integers can be: gradients flow through; the integers stay."""
+        return True
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Scales stay fp16, whatever dtype the model is loaded in: they are part of the integers' meaning."""
@@ -75,15 +75,7 @@ class LlmqQuantizer(HfQuantizer):
         where = str(getattr(model, "name_or_path", "") or "checkpoint")
         schemes, tied = parse_quantization_config(block, where)
         activation_bits = int(block.get("activation_bits", 8))
-        for name, scheme in schemes.items():
-            _replace(model, name, _quantized_twin(_module(model, name, where), scheme, activation_bits, name))
-        for name, source in tied.items():
-            embedding = model.get_submodule(source)
-            if not isinstance(embedding, QEmbedding):
-                raise ValueError(f"{where}: {name} is tied to {source}, which is not an embedding")
-            _replace(model, name, TiedHead(embedding, activation_bits=activation_bits))
-        if tied:  # nothing is left for transformers to tie
-            model.__dict__.update(_tied_weights_keys=None, all_tied_weights_keys={})
+        replace_matrices(model, schemes, tied, activation_bits, where)
         self._files = tuple(kwargs.get("checkpoint_files") or ())
         if self._files:
             check_files(self._files, _expected(model, schemes), where)
@@ -92,11 +84,7 @@ class LlmqQuantizer(HfQuantizer):
             # Without buffers the modules ask for no tensors, and those in the files are left unread.
             for module in _matrices(model).values():
                 module.drop_buffers()
-            patterns = {rf"^{re.escape(name)}\.(qweight|scales|zeros)$" for name in schemes}
-            known: Any = model._keys_to_ignore_on_load_unexpected
-            # A set in newer transformers, a list or None in 5.0.
-            both = known | patterns if isinstance(known, set) else [*(known or ()), *patterns]
-            model.__dict__["_keys_to_ignore_on_load_unexpected"] = both
+            leave_unread(model, {rf"^{re.escape(name)}\.(qweight|scales|zeros)$" for name in schemes})
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:
         dtype = model.dtype
@@ -105,6 +93,8 @@ class LlmqQuantizer(HfQuantizer):
         for name, module in matrices.items():
             if name in self._packed:
                 module.set_packed(self._packed[name])
+            else:
+                self._fill(name, module)
             module.pack_()
             if isinstance(module, QEmbedding):
                 module.reset_output_scale(dtype)
@@ -112,6 +102,40 @@ class LlmqQuantizer(HfQuantizer):
             packed_cache.save(self._files, matrices)
         _let_go_of_files(model)
         return adopt(model)
+
+    def _fill(self, name: str, module: QuantizedMatrix) -> None:
+        """Give a module its matrix where transformers did not fill its buffers."""
+
+
+def replace_matrices(
+    model: nn.Module, schemes: dict[str, QuantScheme], tied: dict[str, str], activation_bits: int, where: str
+) -> None:
+    """Put QLinear, QEmbedding and TiedHead in the places of the modules that ``schemes`` and ``tied`` name.
+
+    Raises ValueError for a module that the model lacks or that cannot be quantized.
+    """
+    for name, scheme in schemes.items():
+        _replace(model, name, _quantized_twin(_module(model, name, where), scheme, activation_bits, name))
+    for name, source in tied.items():
+        embedding = model.get_submodule(source)
+        if not isinstance(embedding, QEmbedding):
+            raise ValueError(f"{where}: {name} is tied to {source}, which is not an embedding")
+        _replace(model, name, TiedHead(embedding, activation_bits=activation_bits))
+    if tied:
+        untie(model)
+
+
+def untie(model: nn.Module) -> None:
+    """Leave nothing for transformers to tie."""
+    model.__dict__.update(_tied_weights_keys=None, all_tied_weights_keys={})
+
+
+def leave_unread(model: nn.Module, patterns: set[str]) -> None:
+    """Let transformers pass over stored tensors whose names match, without a word."""
+    known: Any = model._keys_to_ignore_on_load_unexpected
+    # A set in newer transformers, a list or None in 5.0.
+    both = known | patterns if isinstance(known, set) else [*(known or ()), *patterns]
+    model.__dict__["_keys_to_ignore_on_load_unexpected"] = both
 
 
 def _let_go_of_files(model: nn.Module) -> None:

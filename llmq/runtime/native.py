@@ -299,6 +299,8 @@ class _Parts:
             module = module.__dict__["embedding"]
         bias = getattr(module, "bias", None)
         bias_at = 0 if bias is None else self._keep(bias.float())
+        if getattr(module, "column_order", None) is not None:
+            raise Unsupported("a linear has its columns in another order (GPTQ's desc_act)")
         if isinstance(module, QuantizedMatrix):
             weight = module.ready()
             if isinstance(weight.data, QTensor):

@@ -19,6 +19,9 @@ from llmq.kernels import PackedWeight
 from llmq.kernels.reference import ACTIVATION_BITS
 from llmq.qtensor import QTensor
 
+# Rows of a weight dequantized at once for a gradient.
+_ROWS_OF_A_GRADIENT = 1024
+
 
 class QuantizedMatrix(nn.Module):
     """A quantized matrix [n, k] as a module: buffers while loading, one packed weight afterwards."""
@@ -99,10 +102,28 @@ class QLinear(QuantizedMatrix):
         super().__init__(out_features, in_features, scheme)
         self.in_features, self.out_features, self.activation_bits = in_features, out_features, activation_bits
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        # i64[in_features] or None: column j of the matrix takes input column_order[j] (GPTQ's desc_act).
+        self.column_order: Tensor | None = None
+
+    @property
+    def W_q(self) -> Tensor:
+        """The packed bytes, for code that asks where a quantized weight lies (peft, of HQQ's linears)."""
+        data = self.ready().data
+        return data if isinstance(data, Tensor) else data.q
 
     def forward(self, x: Tensor) -> Tensor:
         """float[..., in_features] -> float[..., out_features], in the dtype of ``x``; computed in fp32."""
+        if self.column_order is not None:
+            x = x[..., self.column_order]
         return apply_linear(x, self.ready(), self.bias, self.activation_bits)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.column_order is not None and self.packed is not None:  # an empty module is asked while it is loaded
+            raise ValueError(
+                f"{prefix.rstrip('.')} has its columns in another order (desc_act), which llmq's format does not hold;"
+                " keep the folder that it was loaded from"
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
 class QEmbedding(QuantizedMatrix):
@@ -158,9 +179,44 @@ def set_activation_bits(model: nn.Module, bits: int) -> None:
 
 
 def apply_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation_bits: int) -> Tensor:
-    """One kernel call on all tokens of ``x`` float[..., k]; raises ValueError for tensors that are not on the CPU."""
+    """One kernel call on all tokens of ``x`` float[..., k]; a gradient flows to ``x`` where it asks for one.
+
+    Raises ValueError for tensors that are not on the CPU.
+    """
     if x.device.type != "cpu":
         raise ValueError(f"llmq's kernels run on the CPU, the input is on {x.device}; move the model's inputs to 'cpu'")
+    if torch.is_grad_enabled() and x.requires_grad:
+        out: Tensor = _Differentiable.apply(x, weight, bias, activation_bits)  # type: ignore[no-untyped-call]
+        return out
+    return _run(x, weight, bias, activation_bits)
+
+
+def _run(x: Tensor, weight: PackedWeight, bias: Tensor | None, activation_bits: int) -> Tensor:
     rows = x.detach().reshape(-1, x.shape[-1]).float().contiguous()
-    out = kernels.qgemm(rows, weight, bias=None if bias is None else bias.float(), activation_bits=activation_bits)
+    out = kernels.qgemm(
+        rows, weight, bias=None if bias is None else bias.detach().float(), activation_bits=activation_bits
+    )
     return out.reshape(*x.shape[:-1], weight.n).to(x.dtype)
+
+
+class _Differentiable(torch.autograd.Function):
+    """A quantized linear with a gradient for its input: that of the dequantized weight, as in QLoRA (arXiv 2305.14314).
+
+    The rounding of activations to int8 passes the gradient through. Integers, scales and bias get none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None, activation_bits: int) -> Tensor:
+        """float[..., k] -> float[..., n]."""
+        ctx.weight = weight
+        return _run(x, weight, bias, activation_bits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """float[..., n] -> float[..., k], and nothing for the others; rows of W are in memory a few at a time."""
+        weight, grad = ctx.weight, grads[0]
+        rows = grad.reshape(-1, weight.n).float()
+        out = torch.zeros(rows.shape[0], weight.k)
+        for ids in torch.arange(weight.n).split(_ROWS_OF_A_GRADIENT):
+            out.addmm_(rows[:, ids[0] : ids[-1] + 1], kernels.take_rows(weight, ids))
+        return out.reshape(*grad.shape[:-1], weight.k).to(grad.dtype), None, None, None

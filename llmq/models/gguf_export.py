@@ -42,7 +42,7 @@ class GgufFamily:
 
 
 def _rope_dimension(writer: gguf.GGUFWriter, config: Any) -> None:
-    writer.add_rope_dimension_count(_head_dim(config))
+    writer.add_rope_dimension_count(head_dim(config))
 
 
 def _sliding_window(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -84,13 +84,13 @@ def export_gguf(folder: Path, path: Path, *, file_type: str = "f16", vocabulary:
     config = source.config.get_text_config()
     one_of("model_type of a GGUF export", config.model_type, GGUF_FAMILIES)
     family = GGUF_FAMILIES[config.model_type]
-    _check_layers(config, family)
+    check_layers(config, family)
     dtype, kind = FILE_TYPES[file_type]
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[family.arch])
     try:
         writer.add_file_type(kind)
-        _add_config(writer, config, family)
-        _add_vocabulary(writer, vocabulary)
+        add_config(writer, config, family)
+        add_vocabulary(writer, vocabulary)
         tensors = list(_plan(source, family))
         for name, _, shape in tensors:
             stored = _stored(shape, dtype)
@@ -117,18 +117,19 @@ def _numpy_dtype(dtype: torch.dtype) -> Any:
     return torch.empty(0, dtype=dtype).numpy().dtype
 
 
-def _head_dim(config: Any) -> int:
+def head_dim(config: Any) -> int:
+    """Columns of a head."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _rope(config: Any) -> dict[str, Any]:
+def rope_of(config: Any) -> dict[str, Any]:
     """Rope parameters of the layers with full attention."""
     rope: dict[str, Any] = config.rope_parameters
     full: dict[str, Any] = rope.get("full_attention", rope)
     return full
 
 
-def _check_layers(config: Any, family: GgufFamily) -> None:
+def check_layers(config: Any, family: GgufFamily) -> None:
     """Refuse windows that the file has no field for: llama.cpp would run another model."""
     if getattr(config, "sliding_window", None) and _sliding_window not in family.extras:
         raise ValueError(
@@ -142,7 +143,8 @@ def _check_layers(config: Any, family: GgufFamily) -> None:
                 raise ValueError(f"layer {i} is {kind}; a GGUF of Gemma 3 has full attention in every sixth layer only")
 
 
-def _add_config(writer: gguf.GGUFWriter, config: Any, family: GgufFamily) -> None:
+def add_config(writer: gguf.GGUFWriter, config: Any, family: GgufFamily) -> None:
+    """Write the metadata of a config. ValueError for a rope type that GGUF has no field for."""
     writer.add_context_length(config.max_position_embeddings)
     writer.add_vocab_size(config.vocab_size)
     writer.add_embedding_length(config.hidden_size)
@@ -150,10 +152,10 @@ def _add_config(writer: gguf.GGUFWriter, config: Any, family: GgufFamily) -> Non
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(_head_dim(config))
-    writer.add_value_length(_head_dim(config))
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    rope = _rope(config)
+    rope = rope_of(config)
     writer.add_rope_freq_base(rope["rope_theta"])
     kind = rope.get("rope_type", "default")
     one_of("rope_type of a GGUF export", kind, ("default", "linear", "llama3"))
@@ -164,7 +166,8 @@ def _add_config(writer: gguf.GGUFWriter, config: Any, family: GgufFamily) -> Non
         extra(writer, config)
 
 
-def _add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Path | None) -> None:
+def add_vocabulary(writer: gguf.GGUFWriter, vocabulary: Path | None) -> None:
+    """Copy the tokenizer of the GGUF file ``vocabulary``; None: say that there is none."""
     if vocabulary is None:
         writer.add_tokenizer_model("no_vocab")
         return
@@ -190,15 +193,14 @@ def _plan(source: SourceModel, family: GgufFamily) -> Iterator[Planned]:
         if name is None:
             raise ValueError(f"{source.folder}: tensor {stored} has no name in a GGUF of {family.arch.name}")
         yield name, _reader(source, stored, family), source.reader.shape(stored)
-    rope = _rope(config)
+    rope = rope_of(config)
     if rope.get("rope_type") == "llama3":
-        yield "rope_freqs.weight", lambda: llama3_divisors(rope, _head_dim(config)), (_head_dim(config) // 2,)
+        yield "rope_freqs.weight", lambda: llama3_divisors(rope, head_dim(config)), (head_dim(config) // 2,)
 
 
 def _reader(source: SourceModel, stored: str, family: GgufFamily) -> Callable[[], Tensor]:
     config = source.config.get_text_config()
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    n_heads = heads.get(stored.split(".")[-2]) if family.permute else None
+    n_heads = heads_to_permute(stored, config, family)
 
     def read() -> Tensor:
         value = source.reader.tensor(stored)
@@ -209,6 +211,18 @@ def _reader(source: SourceModel, stored: str, family: GgufFamily) -> Callable[[]
         return value
 
     return read
+
+
+def heads_to_permute(stored: str, config: Any, family: GgufFamily) -> int | None:
+    """Heads of a tensor of q or k whose rows are in another order in the file; None for all other tensors."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return heads.get(stored.split(".")[-2]) if family.permute and "." in stored else None
+
+
+def halves_order(weight: Tensor, n_heads: int) -> Tensor:
+    """The inverse of :func:`rope_order`."""
+    pairs = weight.reshape(n_heads, weight.shape[0] // n_heads // 2, 2, *weight.shape[1:])
+    return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def rope_order(weight: Tensor, n_heads: int) -> Tensor:

@@ -1,0 +1,114 @@
+"""Source: a quantized model to convert or compare, whatever it lies in: a folder of any dialect, or a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmq.checkpoint import REPORT_NAME
+from llmq.dialects import open_quantized
+from llmq.dialects.stored import Stored
+from llmq.models.load import embedding_names, empty_model, load_config
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Other:
+    """A tensor that is not quantized: how to read it, and how large it is."""
+
+    read: Callable[[], Tensor]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+
+
+@dataclass
+class Source:
+    """An open quantized model.
+
+    Attributes:
+        spec: what the user called it.
+        origin: its format, for people.
+        config: config.json without what says how it is quantized.
+        hf_config: the same as transformers' object.
+        matrices: the quantized matrices, by module.
+        tied: module -> module whose matrix it uses.
+        others: all other tensors, by full name.
+        files: folder of tokenizer, templates and the rest.
+        notes: what was changed to make QTensors.
+        report: llmq_report.json, where there is one.
+        own_card: README.md of ``files`` is llmq's.
+        vocabulary: the GGUF file that holds its tokenizer, if it came from one.
+    """
+
+    spec: str
+    origin: str
+    config: dict[str, Any]
+    hf_config: Any
+    matrices: dict[str, Stored]
+    tied: dict[str, str]
+    others: dict[str, Other]
+    files: Path
+    notes: list[str] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
+    own_card: bool = False
+    vocabulary: Path | None = None
+
+
+def open_source(spec: str | Path, *, inexact: str, log: Log) -> Source:
+    """Open a quantized folder or a ``.gguf`` file; codes are read when they are asked for.
+
+    Raises as :func:`llmq.dialects.open_quantized`.
+    """
+    path = Path(spec).expanduser()
+    if path.suffix.lower() == ".gguf":
+        from llmq.dialects.gguf_source import open_gguf
+
+        return open_gguf(path, inexact=inexact, log=log)
+    found = open_quantized(path, inexact=inexact)
+    config = {k: v for k, v in found.config.items() if k not in ("quantization", "quantization_config")}
+    hf_config = load_config(path, found.config)
+    tied = found.tied or _tied_by_config(hf_config, path, found.matrices)
+    reader = found.reader
+    modules = dict(empty_model(hf_config).named_modules())
+    # AutoGPTQ stores biases of zeros for linears without one.
+    stale = {f"{name}.bias" for name in found.matrices if getattr(modules.get(name), "bias", None) is None}
+    others = {
+        name: Other(partial(reader.tensor, name), reader.shape(name), reader.dtype(name))
+        for name in found.others()
+        if name not in stale
+    }
+    report = path / REPORT_NAME
+    return Source(
+        spec=str(spec),
+        origin=f"{found.dialect} folder",
+        config=config,
+        hf_config=hf_config,
+        matrices=found.matrices,
+        tied=tied,
+        others=others,
+        files=path,
+        notes=found.notes,
+        report=json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {},
+        own_card=report.is_file(),
+    )
+
+
+def _tied_by_config(hf_config: Any, folder: Path, matrices: dict[str, Stored]) -> dict[str, str]:
+    """A head that shares a quantized embedding, where only the config says so."""
+    if not getattr(hf_config.get_text_config(), "tie_word_embeddings", False):
+        return {}
+    embed, head = embedding_names(empty_model(hf_config), folder)
+    return {head: embed} if embed in matrices and head not in matrices else {}

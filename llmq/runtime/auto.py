@@ -1,0 +1,83 @@
+"""llmq.AutoModelForCausalLM: transformers' class, and quantized folders and files of other tools besides."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from llmq.checkpoint import FORMAT_VERSION, REPORT_NAME
+from llmq.config import cache_folder, one_of
+from llmq.conversion import convert
+from llmq.dialects import INEXACT, quantization_block
+from llmq.models.reader import read_json
+from llmq.runtime.foreign import foreign_config
+
+# Raised when a conversion of a GGUF file would come out differently, so that cached ones of an older llmq are not used.
+CONVERSION = 1
+log = logging.getLogger(__name__)
+
+
+class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
+    """As transformers' ``AutoModelForCausalLM``; opens GPTQ, AWQ, compressed-tensors and MLX folders, too.
+
+    Their integers go onto llmq's kernels as they are.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, inexact: str = "refuse", **kwargs: Any
+    ) -> Any:
+        """A model from a folder or a hub id; all arguments of transformers' method, and one more.
+
+        Args:
+            pretrained_model_name_or_path: folder, hub id or ``.gguf`` file (converted once, into llmq's cache).
+            args, kwargs: as transformers takes them. Folders of other tools are computed in float32 unless ``dtype``
+                says otherwise.
+            inexact: what to do with stored numbers that the kernels cannot hold exactly: ``refuse`` (an error that
+                names them) or ``requantize`` (a warning for each matrix says what it cost).
+
+        Raises:
+            ValueError: a method that llmq does not read, a damaged folder, numbers that cannot be held.
+        """
+        one_of("inexact", inexact, INEXACT)
+        name = pretrained_model_name_or_path
+        if str(name).lower().endswith(".gguf") and Path(name).expanduser().is_file():
+            kwargs.setdefault("dtype", torch.float32)
+            return super().from_pretrained(_expanded(Path(name).expanduser(), inexact), *args, **kwargs)
+        if "config" in kwargs or "gguf_file" in kwargs:
+            return super().from_pretrained(name, *args, **kwargs)
+        hub: dict[str, Any] = {
+            k: kwargs[k] for k in ("cache_dir", "local_files_only", "revision", "subfolder", "token") if k in kwargs
+        }
+        if not _is_foreign(name, hub):
+            return super().from_pretrained(name, *args, **kwargs)
+        config = transformers.AutoConfig.from_pretrained(name, **hub)
+        kwargs.setdefault("dtype", torch.float32)
+        return super().from_pretrained(name, *args, config=foreign_config(config, inexact), **kwargs)
+
+
+def _expanded(path: Path, inexact: str) -> Path:
+    """The llmq folder of a GGUF file, in the cache; the blocks it shares with llmq's grids are the file's own."""
+    stat = path.stat()
+    key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {inexact} {FORMAT_VERSION} {CONVERSION}"
+    folder = cache_folder() / "gguf" / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}-llmq"
+    if not folder.is_dir():  # it gets this name when it is complete
+        convert(path, folder, "llmq", lossy=inexact == "requantize", log=log.info)
+    for note in read_json(folder / REPORT_NAME)["converted"]["notes"]:
+        log.warning("%s", note)
+    return folder
+
+
+def _is_foreign(name: Any, hub: dict[str, Any]) -> bool:
+    """Whether a config.json is that of a foreign dialect; other methods, and its absence, are left to transformers."""
+    try:
+        raw, _ = transformers.PreTrainedConfig.get_config_dict(name, **hub)
+        found = quantization_block(raw)
+    except (ValueError, OSError):
+        return False
+    return found is not None and found[0] != "llmq"
