@@ -93,7 +93,7 @@ class NativeDecoder:
         found = hashlib.sha256()
         for t in self._kept:
             found.update(f"{t.dtype} {tuple(t.shape)} ".encode())
-            found.update(memoryview(t.reshape(-1)[:FINGERPRINT_NUMBERS].view(torch.uint8).numpy()))
+            found.update(t.reshape(-1)[:FINGERPRINT_NUMBERS].view(torch.uint8).numpy().data)
         return found.hexdigest()
 
     def new_sequence(self, *, kv: KVCacheConfig | None = None, kv_dtype: torch.dtype | None = None) -> Sequence:

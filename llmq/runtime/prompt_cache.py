@@ -175,7 +175,7 @@ def _sequence(
 def _checksum(tensors: dict[str, Tensor]) -> str:
     crc = 0
     for name in sorted(tensors):
-        crc = zlib.crc32(memoryview(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy()), crc)
+        crc = zlib.crc32(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
 
 
