@@ -186,7 +186,7 @@ def apply_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, activatio
     if x.device.type != "cpu":
         raise ValueError(f"llmq's kernels run on the CPU, the input is on {x.device}; move the model's inputs to 'cpu'")
     if torch.is_grad_enabled() and x.requires_grad:
-        out: Tensor = _Differentiable.apply(x, weight, bias, activation_bits)
+        out: Tensor = _Differentiable.apply(x, weight, bias, activation_bits)  # type: ignore[no-untyped-call]
         return out
     return _run(x, weight, bias, activation_bits)
 
