@@ -78,6 +78,7 @@ def test_transformers_loads_our_folder_through_compressed_tensors(
     check_logits(llmq.AutoModelForCausalLM.from_pretrained(tmp_path / "b"), expected)
 
 
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_llama_cpp_runs_our_file(original: Path, tmp_path: Path) -> None:  # noqa: F811
     llama_cpp = pytest.importorskip("llama_cpp")
     held = native(original, tmp_path / "a", QuantScheme(4, 64, True), table=True)
@@ -93,6 +94,7 @@ def test_llama_cpp_runs_our_file(original: Path, tmp_path: Path) -> None:  # noq
     assert (logits.argmax(-1) == expected.argmax(-1)).double().mean() >= 0.8
 
 
+@pytest.mark.filterwarnings("ignore:Unsupported layer type", "ignore:`is_gradient_checkpointing`")
 def test_peft_trains_an_adapter_on_our_integers(original: Path, tmp_path: Path) -> None:  # noqa: F811
     peft = pytest.importorskip("peft")
     from llmq.runtime.qlinear import QLinear

@@ -19,6 +19,8 @@ from llmq.runtime.foreign import foreign_config
 
 # Raised when a conversion of a GGUF file would come out differently, so that cached ones of an older llmq are not used.
 CONVERSION = 1
+# Options that say where a model's files are found.
+HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 log = logging.getLogger(__name__)
 
 
@@ -51,9 +53,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             return super().from_pretrained(_expanded(Path(name).expanduser(), inexact), *args, **kwargs)
         if "config" in kwargs or "gguf_file" in kwargs:
             return super().from_pretrained(name, *args, **kwargs)
-        hub: dict[str, Any] = {
-            k: kwargs[k] for k in ("cache_dir", "local_files_only", "revision", "subfolder", "token") if k in kwargs
-        }
+        hub: dict[str, Any] = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         if not _is_foreign(name, hub):
             return super().from_pretrained(name, *args, **kwargs)
         config = transformers.AutoConfig.from_pretrained(name, **hub)
