@@ -76,13 +76,12 @@ class KVFeed:
 
     def describe(self, model: Any) -> str:
         """The cache's protocol in words, as it is with ``model``."""
-        c, native = self.config, self.native(model) is not None
+        c = self.config
         bits = f"layers {' '.join(c.layers)}" if c.layers else f"keys {c.k_bits} bits, values {c.v_bits} bits"
         turned = "heads rotated" if c.rotate else "no rotation"
-        # The native decoder has no other, see KVCacheConfig.
-        keys = f"keys below 8 bits have scales by {'token' if native else c.key_scales}; {turned}"
+        keys = f"keys below 8 bits have scales by {c.key_scales}; {turned}"
         kept = f"{c.sinks} sinks and, below 8 bits, {c.recent} recent tokens in 16 bits"
-        which = "native KV cache" if native else "QuantizedKVCache"
+        which = "native KV cache" if self.native(model) is not None else "QuantizedKVCache"
         return f"{which}: {bits}; {keys}; {kept}; fed {self.chunk} tokens at a time"
 
 
@@ -97,7 +96,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     text = "bits of keys and values (default: those of the checkpoint, else no quantized cache)"
     group.add_argument("--kv-bits", metavar="8|4|k8v4|...", help=text)
     group.add_argument("--kv-chunk", type=int, default=64, metavar="N", help="tokens fed at a time (default 64)")
-    text = f"scales of keys below 8 bits (default {defaults.key_scales}; the native decoder has them by token only)"
+    text = f"scales of keys below 8 bits: by channel, over 64 tokens, or by token (default {defaults.key_scales})"
     group.add_argument("--kv-key-scales", choices=KEY_SCALES, default=defaults.key_scales, help=text)
     text = "rotate keys with scales by token, and values below 8 bits (default)"
     group.add_argument("--kv-rotate", action=argparse.BooleanOptionalAction, default=defaults.rotate, help=text)
