@@ -96,7 +96,7 @@ def test_the_command_says_that_the_native_cache_was_used(
     argv += ["--json", str(out)]
     words = {
         "8": "native decoder, int8 activations; native KV cache: keys 8 bits, values 8 bits",
-        "4": "native KV cache: keys 4 bits, values 4 bits; keys below 8 bits have scales by token",
+        "4": "native KV cache: keys 4 bits, values 4 bits; keys below 8 bits have scales by channel",
         "16": "native KV cache: keys 16 bits, values 16 bits",
     }
     perplexities = {}

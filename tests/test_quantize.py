@@ -86,13 +86,15 @@ def test_help_is_grouped_and_complete():
         (["--seqlen", "999999", "--calib", "stdlib"], "999999"),
         (["--eval", "no-such-file.txt"], "no-such-file.txt: there is no such file"),
         (["--stats", "nowhere"], "--stats nowhere is no bank: it has no bank.json"),
-        (["--target-size", "1k", "--calib", "stdlib"], "--target-size 1k is 0.0 MB, and the smallest folder has"),
+        (["--target-size", "1k", "--calib", "stdlib", "--seqlen", "64"], "--target-size 1k is 0.0 MB, and the smallest folder has"),
         (["--max-kl", "0.1", "--target-bpw", "3"], "--target-bpw and --max-kl each say"),
     ],
 )
 def test_bad_input_exits_with_2_before_the_work(tiny_model, tmp_path, capsys, flags, message):
     out = tmp_path / "out"
-    assert main(["--model", str(tiny_model("llama")), "--output", str(out), *flags]) == 2
+    model = str(tiny_model("llama"))
+    capsys.readouterr()  # what making it has printed
+    assert main(["--model", model, "--output", str(out), *flags]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
     assert message in captured.err
