@@ -86,7 +86,10 @@ def test_help_is_grouped_and_complete():
         (["--seqlen", "999999", "--calib", "stdlib"], "999999"),
         (["--eval", "no-such-file.txt"], "no-such-file.txt: there is no such file"),
         (["--stats", "nowhere"], "--stats nowhere is no bank: it has no bank.json"),
-        (["--target-size", "1k", "--calib", "stdlib", "--seqlen", "64"], "--target-size 1k is 0.0 MB, and the smallest folder has"),
+        (
+            ["--target-size", "1k", "--calib", "stdlib", "--seqlen", "64"],
+            "--target-size 1k is 0.0 MB, and the smallest",
+        ),
         (["--max-kl", "0.1", "--target-bpw", "3"], "--target-bpw and --max-kl each say"),
     ],
 )
