@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmq.config import GPTQConfig, QuantScheme
-from llmq.parallel import rows_side_by_side
+from llmq.parallel import one_thread
 from llmq.qtensor import QTensor, expand_groups, from_codes, round_to_grid
 from llmq.solvers.grid import search_grid
 from llmq.solvers.hessian import Factor, dead_columns, inverse_factor, shrink_to_diagonal
@@ -96,9 +96,7 @@ def solve(W: Tensor, prepared: Prepared, scheme: QuantScheme, cfg: GPTQConfig) -
     if prepared.zero_dead:
         W[:, prepared.dead] = 0
     scale, zero = search_grid(W, prepared.importance, scheme, cfg.grid_steps)
-    codes = rows_side_by_side(
-        lambda n: _round_with_feedback(W[n], prepared.factor, prepared.order, scale[n], zero[n], scheme), len(W)
-    )
+    codes = _round_with_feedback(W, prepared.factor, prepared.order, scale, zero, scheme)
     factor = prepared.factor
     report = GPTQReport(
         factor.percdamp, factor.tries, factor.clipped, int(prepared.dead.sum()), prepared.zero_dead, prepared.shrinkage
@@ -120,13 +118,14 @@ def _round_with_feedback(
     for i1 in range(0, K, BLOCK):
         i2 = min(i1 + BLOCK, K)
         Err = torch.empty(i2 - i1, Wt.shape[1])  # [block, N], errors over their diagonal
-        for i in range(i1, i2):
-            w, s, z = Wt[i], St[i], Zt[i]
-            q = round_to_grid(w, s, z, scheme.levels)
-            Q[i] = q
-            e = (w - (q - z) * s) / U[i, i]
-            Wt[i + 1 : i2].addr_(U[i, i + 1 : i2], e, alpha=-1)
-            Err[i - i1] = e
+        with one_thread():  # thousands of tiny operations, one after the other
+            for i in range(i1, i2):
+                w, s, z = Wt[i], St[i], Zt[i]
+                q = round_to_grid(w, s, z, scheme.levels)
+                Q[i] = q
+                e = (w - (q - z) * s) / U[i, i]
+                Wt[i + 1 : i2].addr_(U[i, i + 1 : i2], e, alpha=-1)
+                Err[i - i1] = e
         Wt[i2:].addmm_(U[i1:i2, i2:].T, Err, alpha=-1)
     codes = torch.empty_like(Q)
     codes[order] = Q

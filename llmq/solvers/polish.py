@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmq.config import QuantScheme
-from llmq.parallel import rows_side_by_side
+from llmq.parallel import one_thread, rows_side_by_side
 from llmq.qtensor import MAX_SCALE, expand_groups, round_to_grid, storable_scale
 from llmq.solvers.objective import Objective
 
@@ -42,6 +42,13 @@ def refit_scales(codes: Tensor, scale: Tensor, zero: Tensor, objective: Objectiv
     Returns:
         scale f32[N, G], fp16-representable.
     """
+    # Thousands of small matrices: split over its threads by torch, one after the other takes several times as long.
+    return rows_side_by_side(
+        lambda n: _refit_rows(codes[n], scale[n], zero[n], objective.of_rows(n), scheme), len(codes)
+    )
+
+
+def _refit_rows(codes: Tensor, scale: Tensor, zero: Tensor, objective: Objective, scheme: QuantScheme) -> Tensor:
     N, K = codes.shape
     C = codes - expand_groups(zero, K, scheme)
     slices = scheme.slices(K)
@@ -96,14 +103,6 @@ def descend(
     Returns:
         codes f32[N, K].
     """
-    return rows_side_by_side(
-        lambda n: _descend_rows(codes[n], scale[n], zero[n], objective.of_rows(n), scheme, sweeps), len(codes)
-    )
-
-
-def _descend_rows(
-    codes: Tensor, scale: Tensor, zero: Tensor, objective: Objective, scheme: QuantScheme, sweeps: int
-) -> Tensor:
     K = codes.shape[1]
     S = objective.S
     Q = codes.T.contiguous()
@@ -123,11 +122,12 @@ def _descend_panel(
 ) -> Tensor:
     """Move the columns ``start ..`` of a panel in turn, in place; returns their changes f32[panel, N]."""
     delta = torch.empty_like(R)
-    for j in range(R.shape[0]):
-        at = start + j
-        q = round_to_grid(What[at] + R[j] / S[j, j], St[at], Zt[at], levels)
-        w = (q - Zt[at]) * St[at]
-        torch.sub(w, What[at], out=delta[j])
-        Q[at], What[at] = q, w
-        R[j + 1 :].addr_(S[j + 1 :, j], delta[j], alpha=-1)
+    with one_thread():
+        for j in range(R.shape[0]):
+            at = start + j
+            q = round_to_grid(What[at] + R[j] / S[j, j], St[at], Zt[at], levels)
+            w = (q - Zt[at]) * St[at]
+            torch.sub(w, What[at], out=delta[j])
+            Q[at], What[at] = q, w
+            R[j + 1 :].addr_(S[j + 1 :, j], delta[j], alpha=-1)
     return delta
