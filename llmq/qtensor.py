@@ -81,6 +81,18 @@ def expand_groups(per_group: Tensor, in_features: int, scheme: QuantScheme) -> T
     return per_group.repeat_interleave(scheme.group_width(in_features), dim=1)[:, :in_features]
 
 
+def by_group(x: Tensor, scheme: QuantScheme) -> list[tuple[Tensor, slice]]:
+    """Views of x [N, K] as [N, groups, width] with the groups they hold: the whole groups and a shorter last one.
+
+    What a group has once then broadcasts over its columns, at the memory's speed: repeating it takes ten times as long.
+    """
+    k = x.shape[1]
+    width = scheme.group_width(k)
+    whole = k // width
+    views = [(x[:, : whole * width].unflatten(1, (whole, width)), slice(whole))] if whole else []
+    return [*views, (x[:, None, whole * width :], slice(whole, None))] if k % width else views
+
+
 def group_sums(x: Tensor, scheme: QuantScheme) -> Tensor:
     """[N, K] -> [N, G]: the sum over each group's columns, the transpose of :func:`expand_groups`."""
     n, k = x.shape
@@ -88,12 +100,22 @@ def group_sums(x: Tensor, scheme: QuantScheme) -> Tensor:
     return torch.nn.functional.pad(x, (0, -k % width)).view(n, -1, width).sum(2)
 
 
+def centred(codes: Tensor, zero: Tensor | None, scheme: QuantScheme) -> Tensor:
+    """f32[N, K] = codes - zero, of codes [N, K] of any dtype (unchanged) and zero [N, G] (None: ``scheme.mid``)."""
+    C = codes.to(torch.float32, copy=True)
+    if zero is None:
+        return C.sub_(scheme.mid)
+    for part, groups in by_group(C, scheme):
+        part.sub_(zero[:, groups, None])
+    return C
+
+
 def dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, scheme: QuantScheme) -> Tensor:
-    """f32[N, K] = scale * (q - zero). Arguments as the fields of :class:`QTensor`."""
-    k = q.shape[1]
-    centred = q.float()
-    centred -= scheme.mid if zero is None else expand_groups(zero.float(), k, scheme)
-    return centred.mul_(expand_groups(scale.float(), k, scheme))
+    """f32[N, K] = scale * (q - zero). Arguments as the fields of :class:`QTensor`, codes and zeros of any dtype."""
+    W = centred(q, zero, scheme)
+    for part, groups in by_group(W, scheme):
+        part.mul_(scale[:, groups, None])
+    return W
 
 
 def storable_scale(scale: Tensor) -> Tensor:

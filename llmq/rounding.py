@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.blockwise import BlockCall, run_block
-from llmq.qtensor import QTensor, dequantize, expand_groups, from_codes, group_sums, storable_scale
+from llmq.qtensor import QTensor, centred, dequantize, expand_groups, from_codes, group_sums, storable_scale
 
 # Linears with more bits keep their integers.
 MOST_BITS = 3
@@ -85,8 +85,7 @@ class Rounded:
             raise ValueError(f"{self.name}: the gradient of its rounding is not finite")
         K, scheme = dW.shape[1], self.start.scheme
         s = self.start.scale.float() * self.m
-        centred = self.codes() - expand_groups(self.zero, K, scheme)
-        dm = group_sums(dW * centred, scheme) * self.start.scale.float()
+        dm = group_sums(centred(self.codes(), self.zero, scheme).mul_(dW), scheme) * self.start.scale.float()
         inside = self.p + self.V
         inside = (inside >= -0.5) & (inside <= scheme.levels - 0.5)
         dV = dW * expand_groups(s.sign(), K, scheme) * inside

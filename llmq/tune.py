@@ -22,7 +22,7 @@ from llmq.checkpoint import CheckpointWriter, matrix_from_tensors, matrix_layout
 from llmq.distill import LOGITS_BYTES, Head, Teacher
 from llmq.models.load import SourceModel
 from llmq.plan import Matrix
-from llmq.qtensor import QTensor, dequantize, expand_groups, from_codes, group_sums, storable_scale
+from llmq.qtensor import QTensor, centred, dequantize, from_codes, group_sums, storable_scale
 from llmq.report import Log, current_rss, duration, size
 
 # Tokens of a step. Longer windows are cut: more steps on the same text bring more than longer context does.
@@ -63,8 +63,7 @@ class Linear:
     def gradient(self, dW: Tensor) -> Tensor:
         """dL/dfactor f32[N, G] from dL/dW_hat f32[N, K]."""
         t = self.start
-        centred = t.q.float() - expand_groups(self.zero, t.shape[1], t.scheme)
-        return group_sums(dW * centred, t.scheme) * t.scale.float()
+        return group_sums(centred(t.q, self.zero, t.scheme).mul_(dW), t.scheme) * t.scale.float()
 
     def result(self) -> QTensor:
         """The matrix with its scales as they will be stored."""

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from llmq.config import PRESETS, GPTQConfig, QuantScheme, RecipeConfig
-from llmq.qtensor import minmax_grid, round_to_grid
+from llmq.qtensor import dequantize, minmax_grid, round_to_grid
 from llmq.solvers import recipe
 from llmq.solvers.hessian import InputStats
 from llmq.solvers.objective import ALPHAS, Objective, choose_alpha, measured
-from llmq.solvers.polish import dequantized, descend, refit_scales
+from llmq.solvers.polish import descend, refit_scales
 
 N, K, T = 12, 100, 900
 SCHEMES = [QuantScheme(4, 32, False), QuantScheme(3, 64, True), QuantScheme(2, 32, False), QuantScheme(4, -1, False)]
@@ -86,7 +86,7 @@ def test_refit_finds_the_scales_of_least_squares(scheme):
     assert torch.allclose(new.double(), best, rtol=4e-3, atol=1e-5)  # fp16 (2**-11), errors spread, the ridge
 
     def loss(s):
-        return objective.loss(dequantized(codes, s.float(), zero, scheme))
+        return objective.loss(dequantize(codes, s.float(), zero, scheme))
 
     start = loss(scale)
     assert loss(new) < start
@@ -100,7 +100,7 @@ def test_refit_leaves_a_row_that_it_cannot_better():
     codes, scale, zero = rounded(objective.W, scheme)
     once = refit_scales(codes, scale, zero, objective, scheme)
     twice = refit_scales(codes, once, zero, objective, scheme)
-    rows = [objective.rows(dequantized(codes, s, zero, scheme)) for s in (once, twice)]
+    rows = [objective.rows(dequantize(codes, s, zero, scheme)) for s in (once, twice)]
     assert (rows[1] <= rows[0]).all()
 
 
@@ -135,11 +135,11 @@ def test_descent_makes_the_codes_of_the_naive_one(scheme, monkeypatch):
     got = descend(codes, scale, zero, objective, scheme)
     want = naive_descent(codes, scale, zero, objective, scheme)
     assert (got.double() != want).float().mean() < 0.01  # ties that fp32 breaks the other way
-    before, after = (objective.rows(dequantized(c, scale, zero, scheme)) for c in (codes, got))
+    before, after = (objective.rows(dequantize(c, scale, zero, scheme)) for c in (codes, got))
     assert (after <= before + 1e-5 * before.abs()).all()
     assert after.sum() < 0.9 * before.sum()
     again = descend(codes, scale, zero, objective, scheme, sweeps=4)
-    assert objective.loss(dequantized(again, scale, zero, scheme)) < float(after.sum())
+    assert objective.loss(dequantize(again, scale, zero, scheme)) < float(after.sum())
 
 
 def test_alpha_is_the_best_of_those_offered():

@@ -11,19 +11,13 @@ from torch import Tensor
 
 from llmq.config import QuantScheme
 from llmq.parallel import one_thread, rows_side_by_side
-from llmq.qtensor import MAX_SCALE, expand_groups, round_to_grid, storable_scale
+from llmq.qtensor import MAX_SCALE, centred, expand_groups, round_to_grid, storable_scale
 from llmq.solvers.objective import Objective
 
 # Columns whose changes are kept inside a panel before the rest of the residual sees them.
 BLOCK = 128
 # Ridge of the scales' normal equations, as a share of their mean diagonal: a group of few distinct codes is singular.
 RIDGE = 1e-6
-
-
-def dequantized(codes: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme) -> Tensor:
-    """f32[N, K] from codes f32[N, K], scale and zero f32[N, G]."""
-    K = codes.shape[1]
-    return (codes - expand_groups(zero, K, scheme)) * expand_groups(scale, K, scheme)
 
 
 def refit_scales(codes: Tensor, scale: Tensor, zero: Tensor, objective: Objective, scheme: QuantScheme) -> Tensor:
@@ -50,7 +44,7 @@ def refit_scales(codes: Tensor, scale: Tensor, zero: Tensor, objective: Objectiv
 
 def _refit_rows(codes: Tensor, scale: Tensor, zero: Tensor, objective: Objective, scheme: QuantScheme) -> Tensor:
     N, K = codes.shape
-    C = codes - expand_groups(zero, K, scheme)
+    C = centred(codes, zero, scheme)
     slices = scheme.slices(K)
     A = torch.empty(N, len(slices), len(slices), dtype=torch.float64)
     for g, s in enumerate(slices):

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from llmq.config import GPTQConfig, QuantScheme, RecipeConfig, replace
-from llmq.qtensor import QTensor, from_codes
+from llmq.qtensor import QTensor, dequantize, from_codes
 from llmq.solvers import gptq
 from llmq.solvers.hessian import InputStats
 from llmq.solvers.objective import Objective, choose_alpha, measured
-from llmq.solvers.polish import dequantized, descend, refit_scales
+from llmq.solvers.polish import descend, refit_scales
 
 # Rounds of refit and descent tried at most, and the relative gain below which a round is the last.
 ROUNDS = 8
@@ -136,12 +136,12 @@ def _prepared(name: str, train: InputStats, cfg: GPTQConfig) -> gptq.Prepared:
 
 def _refit(state: _State, objective: Objective, scheme: QuantScheme) -> _State:
     scale = refit_scales(state.codes, state.scale, state.zero, objective, scheme)
-    return _State(state.codes, scale, state.zero, dequantized(state.codes, scale, state.zero, scheme))
+    return _State(state.codes, scale, state.zero, dequantize(state.codes, scale, state.zero, scheme))
 
 
 def _descent(state: _State, objective: Objective, scheme: QuantScheme) -> _State:
     codes = descend(state.codes, state.scale, state.zero, objective, scheme)
-    return _State(codes, state.scale, state.zero, dequantized(codes, state.scale, state.zero, scheme))
+    return _State(codes, state.scale, state.zero, dequantize(codes, state.scale, state.zero, scheme))
 
 
 _STEPS = {"refit": _refit, "descent": _descent}
