@@ -113,11 +113,11 @@ class GPTQConfig:
             raise ValueError(f"grid_steps is {self.grid_steps}; use 0 (min-max) to 1000 (usual: 20)")
 
 
-STEPS = ("target", "refit", "descent", "damping", "rounding", "tune")
+STEPS = ("target", "refit", "descent", "restarts", "damping", "rounding", "tune")
 PRESETS: dict[str, tuple[str, ...]] = {
     "fast": (),
-    "balanced": ("target", "refit", "descent"),
-    "best": ("target", "refit", "descent", "damping", "rounding", "tune"),
+    "balanced": ("target", "refit", "descent", "restarts"),
+    "best": STEPS,
 }
 
 

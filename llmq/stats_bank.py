@@ -35,7 +35,7 @@ from llmq.solvers.hessian import InputStats
 BANK_NAME = "bank.json"
 BANK_VERSION = 1
 # Steps of the recipe that look at a linear's inputs only, not at what the quantized model makes of them.
-BANKED_STEPS = ("refit", "descent", "damping")
+BANKED_STEPS = ("refit", "descent", "restarts", "damping")
 # Every so many windows one is held out to judge the steps. By its number, so that parts of a text that are multiples
 # of it hold out the same windows as the whole.
 HELD_EVERY = 8

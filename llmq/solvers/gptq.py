@@ -7,7 +7,8 @@ the loop from the original columns ("static groups"), so the order leaves no tra
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from llmq.config import GPTQConfig, QuantScheme
 from llmq.parallel import one_thread
 from llmq.qtensor import QTensor, expand_groups, from_codes, round_to_grid
 from llmq.solvers.grid import search_grid
-from llmq.solvers.hessian import Factor, dead_columns, inverse_factor, shrink_to_diagonal
+from llmq.solvers.hessian import Factor, dead_columns, inverse_factor, shrink_to_diagonal, upper_factor
 
 # Columns whose updates are kept inside a small panel before the rest of W sees them (section 3.3, step 2).
 BLOCK = 128
@@ -34,6 +35,14 @@ class GPTQReport:
     shrinkage: float
 
 
+@dataclass(frozen=True)
+class Path:
+    """Columns in solving order, i64[K], and the factor of the damped Hessian with its columns so ordered."""
+
+    order: Tensor
+    factor: Factor
+
+
 @dataclass
 class Prepared:
     """What one Hessian gives to every linear that shares it.
@@ -42,25 +51,37 @@ class Prepared:
         importance: f32[K, K], the weights of the grid search; dead columns count nothing.
         dead: bool[K].
         zero_dead: whether the dead columns' weights are dropped.
-        order: i64[K], columns in solving order.
+        path: the order of solving and its factor.
         S: f32[K, K], the shrunk, damped H, columns where they were: what is minimised.
-        factor: of S with its columns in solving order.
         shrinkage: share of the off-diagonal part that was dropped for want of tokens.
     """
 
     importance: Tensor
     dead: Tensor
     zero_dead: bool
-    order: Tensor
+    path: Path
     S: Tensor
-    factor: Factor
     shrinkage: float
 
     def solve_right(self, B: Tensor) -> Tensor:
         """B S^-1 for B f32[N, K]."""
+        order, U = self.path.order, self.path.factor.U
         out = torch.empty_like(B)
-        out[:, self.order] = (B[:, self.order] @ self.factor.U.T) @ self.factor.U
+        out[:, order] = (B[:, order] @ U.T) @ U
         return out
+
+    @cached_property
+    def conditional(self) -> Path:
+        """Another good order: the columns that the others can make up for least come first.
+
+        That is, by decreasing variance given all other columns, ``1 / (S^-1)_jj``. ``path`` itself if S, rounded to
+        fp32, cannot be factored again.
+        """
+        inverse_diagonal = torch.empty(len(self.S))
+        inverse_diagonal[self.path.order] = self.path.factor.U.square().sum(0)
+        order = torch.argsort(inverse_diagonal)
+        U = upper_factor(self.S[order][:, order].double(), 0.0)
+        return self.path if U is None else Path(order, replace(self.path.factor, U=U))
 
 
 def prepare(H: Tensor, n_tokens: int, cfg: GPTQConfig) -> Prepared:
@@ -77,10 +98,12 @@ def prepare(H: Tensor, n_tokens: int, cfg: GPTQConfig) -> Prepared:
     zero_dead = bool(dead.any()) and n_tokens >= 4 * H.shape[0]
     S = H.float()
     S.diagonal().add_(float(factor.percdamp * H.diagonal().mean()))
-    return Prepared(importance, dead, zero_dead, order, S, factor, rho)
+    return Prepared(importance, dead, zero_dead, Path(order, factor), S, rho)
 
 
-def solve(W: Tensor, prepared: Prepared, scheme: QuantScheme, cfg: GPTQConfig) -> tuple[QTensor, GPTQReport]:
+def solve(
+    W: Tensor, prepared: Prepared, scheme: QuantScheme, cfg: GPTQConfig, *, ends_apart: bool = False
+) -> tuple[QTensor, GPTQReport]:
     """Quantize W so that ``tr((W_hat - W) H (W_hat - W)^T)`` is small.
 
     Args:
@@ -88,6 +111,7 @@ def solve(W: Tensor, prepared: Prepared, scheme: QuantScheme, cfg: GPTQConfig) -
         prepared: from :func:`prepare`.
         scheme: the grid.
         cfg: grid search.
+        ends_apart: see :func:`llmq.solvers.grid.search_grid`.
 
     Returns:
         The quantized matrix, and what had to be done to get it.
@@ -95,21 +119,18 @@ def solve(W: Tensor, prepared: Prepared, scheme: QuantScheme, cfg: GPTQConfig) -
     W = W.float().clone()
     if prepared.zero_dead:
         W[:, prepared.dead] = 0
-    scale, zero = search_grid(W, prepared.importance, scheme, cfg.grid_steps)
-    codes = _round_with_feedback(W, prepared.factor, prepared.order, scale, zero, scheme)
-    factor = prepared.factor
+    scale, zero = search_grid(W, prepared.importance, scheme, cfg.grid_steps, ends_apart=ends_apart)
+    codes = round_with_feedback(W, prepared.path, scale, zero, scheme)
+    factor = prepared.path.factor
     report = GPTQReport(
         factor.percdamp, factor.tries, factor.clipped, int(prepared.dead.sum()), prepared.zero_dead, prepared.shrinkage
     )
     return from_codes(codes, scale, zero, scheme), report
 
 
-def _round_with_feedback(
-    W: Tensor, factor: Factor, order: Tensor, scale: Tensor, zero: Tensor, scheme: QuantScheme
-) -> Tensor:
+def round_with_feedback(W: Tensor, path: Path, scale: Tensor, zero: Tensor, scheme: QuantScheme) -> Tensor:
     """Codes f32[N, K] in the original column order. W f32[N, K]; scale, zero f32[N, G]."""
-    K = W.shape[1]
-    U = factor.U
+    K, order, U = W.shape[1], path.order, path.factor.U
     # Column-major working copies: the loop reads and writes whole columns.
     Wt = W.T[order].contiguous()  # [K, N], in solving order
     St = expand_groups(scale, K, scheme).T[order].contiguous()

@@ -15,11 +15,15 @@ from llmq.qtensor import minmax_grid, range_grid, round_to_grid, storable_scale
 
 # The smallest share of the full range that the search tries, by bits: the fewer the codes, the more clipping pays.
 MIN_RANGE = {8: 0.9, 4: 0.6, 3: 0.5, 2: 0.35}
+# Shrink factors tried for each end of the range where the two ends shrink apart.
+END_STEPS = 8
 # Rows searched at once: their temporaries then fit a core's second-level cache.
 ROWS = 256
 
 
-def search_grid(W: Tensor, H: Tensor, scheme: QuantScheme, steps: int) -> tuple[Tensor, Tensor]:
+def search_grid(
+    W: Tensor, H: Tensor, scheme: QuantScheme, steps: int, *, ends_apart: bool = False
+) -> tuple[Tensor, Tensor]:
     """Grid of every group of W, found under H.
 
     Tries ``steps`` shrink factors of the group's range (for symmetric grids with either sign of the scale), refits the
@@ -31,6 +35,8 @@ def search_grid(W: Tensor, H: Tensor, scheme: QuantScheme, steps: int) -> tuple[
         H: f64 or f32 [K, K].
         scheme: bits, group size, symmetry.
         steps: shrink factors tried; 0 returns the min-max grid.
+        ends_apart: try END_STEPS factors for each end of an asymmetric range instead, the two independent: another
+            candidate for those who keep the better of several, as what is best for a group alone need not be for a row.
 
     Returns:
         scale f32[N, G] (fp16-representable), zero f32[N, G] (whole numbers).
@@ -42,7 +48,8 @@ def search_grid(W: Tensor, H: Tensor, scheme: QuantScheme, steps: int) -> tuple[
 
     def search_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
         found = [
-            _search_group(rows[:, s].contiguous(), Hg, scheme, steps) for s, Hg in zip(slices, blocks, strict=True)
+            _search_group(rows[:, s].contiguous(), Hg, scheme, _shares(scheme, steps, ends_apart))
+            for s, Hg in zip(slices, blocks, strict=True)
         ]
         return torch.stack([scale for scale, _ in found], 1), torch.stack([zero for _, zero in found], 1)
 
@@ -57,7 +64,18 @@ def _error(w: Tensor, scale: Tensor, zero: Tensor, levels: int, Hg: Tensor) -> T
     return (d @ Hg).mul_(d).sum(1)
 
 
-def _search_group(w: Tensor, Hg: Tensor, scheme: QuantScheme, steps: int) -> tuple[Tensor, Tensor]:
+def _shares(scheme: QuantScheme, steps: int, ends_apart: bool) -> list[tuple[float, float]]:
+    """Shares of the range's lower and upper end that are tried."""
+    least = MIN_RANGE[scheme.bits]
+    if ends_apart:
+        ends = [1.0 - (1.0 - least) * i / END_STEPS for i in range(END_STEPS)]
+        return [(a, b) for a in ends for b in ends]
+    return [(share, share) for share in (1.0 - (1.0 - least) * i / steps for i in range(steps))]
+
+
+def _search_group(
+    w: Tensor, Hg: Tensor, scheme: QuantScheme, shares: list[tuple[float, float]]
+) -> tuple[Tensor, Tensor]:
     """Best (scale f32[n], zero f32[n]) for the rows of one group, w f32[n, g]."""
     levels = scheme.levels
     lo, hi = torch.aminmax(w, dim=1)
@@ -70,9 +88,8 @@ def _search_group(w: Tensor, Hg: Tensor, scheme: QuantScheme, steps: int) -> tup
         for kept, new in ((best, error), (best_scale, scale), (best_zero, zero)):
             torch.where(won, new, kept, out=kept)
 
-    for i in range(steps):
-        share = 1.0 - (1.0 - MIN_RANGE[scheme.bits]) * i / steps
-        scale, zero = range_grid(lo * share, hi * share, scheme)
+    for below, above in shares:
+        scale, zero = range_grid(lo * below, hi * above, scheme)
         keep_better(scale, zero)
         if scheme.sym:
             keep_better(-scale, zero)

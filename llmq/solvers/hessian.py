@@ -169,18 +169,18 @@ def inverse_factor(H: Tensor, percdamp: float) -> Factor:
     tries, damp = 0, percdamp
     while damp <= MAX_DAMP:
         tries += 1
-        U = _factor(H, float(damp * mean))
+        U = upper_factor(H, float(damp * mean))
         if U is not None:
             return Factor(U, damp, tries, clipped=False)
         damp *= 10
     values, vectors = torch.linalg.eigh(H)
     values = values.clamp(min=float(percdamp * values.abs().max()))
-    U = _factor((vectors * values) @ vectors.T, 0.0)
+    U = upper_factor((vectors * values) @ vectors.T, 0.0)
     assert U is not None, "a matrix with clipped eigenvalues is positive definite"
     return Factor(U, 0.0, tries, clipped=True)
 
 
-def _factor(H: Tensor, damp: float) -> Tensor | None:
+def upper_factor(H: Tensor, damp: float) -> Tensor | None:
     """f32 upper factor of (H + damp I)^-1, or None when that is not positive definite in fp64.
 
     With J the reversal of rows and columns and J A J = L L^T, A^-1 = U^T U for U = J L^-1 J: one Cholesky factor and

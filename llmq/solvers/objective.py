@@ -35,7 +35,9 @@ class Objective:
 
     def of_rows(self, n: slice) -> Objective:
         """The same for some rows only."""
-        return Objective(self.W[n], self.S, self.R[n])
+        part = Objective(self.W[n], self.S, self.R[n])
+        part.__dict__["pull"] = self.pull[n]  # one product for all parts and all rounds
+        return part
 
     @cached_property
     def pull(self) -> Tensor:

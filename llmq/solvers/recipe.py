@@ -18,6 +18,7 @@ from llmq.solvers import gptq
 from llmq.solvers.hessian import InputStats
 from llmq.solvers.objective import Objective, choose_alpha, measured
 from llmq.solvers.polish import descend, refit_scales
+from llmq.solvers.restarts import State, restarted
 
 # Rounds of refit and descent tried at most, and the relative gain below which a round is the last.
 ROUNDS = 8
@@ -43,16 +44,6 @@ class RecipeReport:
     refused: list[str] = field(default_factory=list)
 
 
-@dataclass
-class _State:
-    """codes f32[N, K], scale and zero f32[N, G], and the weights they stand for, f32[N, K]."""
-
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-    W_hat: Tensor
-
-
 def solve(
     name: str,
     W: Tensor,
@@ -64,12 +55,19 @@ def solve(
 ) -> tuple[QTensor, dict[str, Any]]:
     """Quantize W f32[N, K] (unchanged); returns it with the report of GPTQ and of the recipe's steps."""
     judge = measured(W, held if held is not None else train, name)
-    dampings = DAMPINGS if "damping" in recipe.steps and held is not None else (cfg.percdamp,)
-    tried = [
-        _solve_damped(name, W, train, judge, held is not None, scheme, replace(cfg, percdamp=d), recipe.steps)
-        for d in dampings
-    ]
-    return min(tried, key=lambda t: t[1]["losses"][-1][1])
+    steps = recipe.steps
+
+    def damped(percdamp: float, steps: tuple[str, ...]) -> tuple[QTensor, dict[str, Any]]:
+        damped_cfg = replace(cfg, percdamp=percdamp)
+        return _solve_damped(name, W, train, judge, held is not None, scheme, damped_cfg, steps)
+
+    if "damping" not in steps or held is None:
+        return damped(cfg.percdamp, steps)
+    # Restarts are most of the work and help every damping alike: the damping is chosen without them.
+    single = tuple(step for step in steps if step != "restarts")
+    tried = {d: damped(d, single) for d in DAMPINGS}
+    chosen = min(tried, key=lambda d: tried[d][1]["losses"][-1][1])
+    return tried[chosen] if single == steps else damped(chosen, steps)
 
 
 def _solve_damped(
@@ -92,22 +90,41 @@ def _solve_damped(
         report.alpha = choose_alpha(repair, judge)
         objective, target = Objective(W, prepared.S, report.alpha * R), W + report.alpha * repair
     solved, gptq_report = gptq.solve(target, prepared, scheme, cfg)
-    zero = torch.full(solved.scale.shape, float(scheme.mid)) if solved.zero is None else solved.zero.float()
-    state = _State(solved.q.float(), solved.scale.float(), zero, solved.dequantize())
+    state = State.of(solved)
     report.losses.append(("gptq", judge.loss(state.W_hat) / power))
+    if "restarts" in steps:
+        chosen = [_STEPS[s] for s in _STEPS if s in steps]
+
+        def polish(state: State) -> State:
+            for step in chosen:
+                state = step(state, objective, scheme)
+            return state
+
+        new = restarted(state, target, prepared, objective, scheme, cfg, polish)
+        state = _kept("restarts", state, new, judge, power, report)
     state = _polish(state, objective, judge, power, scheme, steps, report)
     return from_codes(state.codes, state.scale, state.zero, scheme), asdict(gptq_report) | asdict(report)
 
 
+def _kept(name: str, state: State, new: State, judge: Objective, power: float, report: RecipeReport) -> State:
+    """``new`` if the judge's loss falls, else ``state``; the report says which."""
+    loss = judge.loss(new.W_hat) / power
+    if loss < report.losses[-1][1]:
+        report.losses.append((name, loss))
+        return new
+    report.refused.append(name)
+    return state
+
+
 def _polish(
-    state: _State,
+    state: State,
     objective: Objective,
     judge: Objective,
     power: float,
     scheme: QuantScheme,
     chosen: tuple[str, ...],
     report: RecipeReport,
-) -> _State:
+) -> State:
     """Rounds of the chosen polishing steps; a round is kept only if the judge's loss falls."""
     best = judge.loss(state.W_hat)
     steps = [s for s in _STEPS if s in chosen]
@@ -134,14 +151,14 @@ def _prepared(name: str, train: InputStats, cfg: GPTQConfig) -> gptq.Prepared:
     return found
 
 
-def _refit(state: _State, objective: Objective, scheme: QuantScheme) -> _State:
+def _refit(state: State, objective: Objective, scheme: QuantScheme) -> State:
     scale = refit_scales(state.codes, state.scale, state.zero, objective, scheme)
-    return _State(state.codes, scale, state.zero, dequantize(state.codes, scale, state.zero, scheme))
+    return State(state.codes, scale, state.zero, dequantize(state.codes, scale, state.zero, scheme))
 
 
-def _descent(state: _State, objective: Objective, scheme: QuantScheme) -> _State:
+def _descent(state: State, objective: Objective, scheme: QuantScheme) -> State:
     codes = descend(state.codes, state.scale, state.zero, objective, scheme)
-    return _State(codes, state.scale, state.zero, dequantize(codes, state.scale, state.zero, scheme))
+    return state.with_codes(codes, scheme)
 
 
 _STEPS = {"refit": _refit, "descent": _descent}
