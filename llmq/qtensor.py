@@ -93,11 +93,9 @@ def by_group(x: Tensor, scheme: QuantScheme) -> list[tuple[Tensor, slice]]:
     return [*views, (x[:, None, whole * width :], slice(whole, None))] if k % width else views
 
 
-def group_sums(x: Tensor, scheme: QuantScheme) -> Tensor:
-    """[N, K] -> [N, G]: the sum over each group's columns, the transpose of :func:`expand_groups`."""
-    n, k = x.shape
-    width = scheme.group_width(k)
-    return torch.nn.functional.pad(x, (0, -k % width)).view(n, -1, width).sum(2)
+def group_sums(x: Tensor, scheme: QuantScheme, dtype: torch.dtype | None = None) -> Tensor:
+    """[N, K] -> [N, G]: the sum over each group's columns, in ``dtype``; the transpose of :func:`expand_groups`."""
+    return torch.cat([part.sum(2, dtype=dtype) for part, _ in by_group(x, scheme)], 1)
 
 
 def centred(codes: Tensor, zero: Tensor | None, scheme: QuantScheme) -> Tensor:

@@ -34,6 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.pipeline",
         "llmq.blockwise",
         "llmq.plan",
+        "llmq.records",
         "llmq.report",
         "llmq.request",
         "llmq.smallest",

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from llmq.bench import lookup, machine, report
 from llmq.bench.drivers import EngineFailed, Plan, measure
@@ -20,8 +18,10 @@ from llmq.config import cache_folder
 from llmq.evaluation import check_output, check_plot, exit_code, to_stderr
 from llmq.models.load import open_model
 from llmq.models.resolve import resolve
+from llmq.records import Record, read_record, write_record
 
-Record = report.Record
+# What a record holds.
+FIELDS = ("machine", "model", "engines", "runs", "keys")
 
 
 @dataclass(frozen=True)
@@ -241,21 +241,6 @@ def list_engines(programs: tuple[Program, ...]) -> str:
     return "\n".join(lines)
 
 
-def read_record(path: Path) -> Record:
-    """A record written by ``--json``. Raises FileNotFoundError or ValueError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--read: there is no file {path}")
-    try:
-        record: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--read: {path} is not JSON ({error}); give a file written by --json") from error
-    lacking = {"machine", "model", "engines", "runs", "keys"} - set(record if isinstance(record, dict) else ())
-    if lacking:
-        raise ValueError(f"--read: {path} has no {', '.join(sorted(lacking))}; give a file written by --json")
-    result: Record = record
-    return result
-
-
 def run(args: argparse.Namespace) -> Record | None:
     """Do what the command line says; returns the record, or None for ``--list``."""
     if args.list:
@@ -263,14 +248,14 @@ def run(args: argparse.Namespace) -> Record | None:
         return None
     if args.read:
         check_plot(args.plot)
-        record = read_record(args.read)
+        record = read_record(args.read, FIELDS)
     else:
         record, engines, source, plan = prepare(args)
         paths = files_of(record, engines, source)
 
         def save() -> None:
             if args.json:
-                args.json.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+                write_record(args.json, record)
 
         run_rounds(record, engines, paths, plan, save)
         save()

@@ -10,8 +10,8 @@ from typing import Any
 from llmq.bench.drivers import BATCH_PROMPT
 from llmq.bench.roofline import Work
 from llmq.config import KVCacheConfig
+from llmq.records import Record
 
-Record = dict[str, Any]
 # A run during which others took more than this share of the machine's CPU time is pointed out.
 DISTURBED = 0.05
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmq.config import QuantScheme
 from llmq.parallel import one_thread, rows_side_by_side
-from llmq.qtensor import MAX_SCALE, centred, expand_groups, round_to_grid, storable_scale
+from llmq.qtensor import MAX_SCALE, centred, expand_groups, group_sums, round_to_grid, storable_scale
 from llmq.solvers.objective import Objective
 
 # Columns whose changes are kept inside a panel before the rest of the residual sees them.
@@ -48,8 +48,8 @@ def _refit_rows(codes: Tensor, scale: Tensor, zero: Tensor, objective: Objective
     slices = scheme.slices(K)
     A = torch.empty(N, len(slices), len(slices), dtype=torch.float64)
     for g, s in enumerate(slices):
-        A[:, g] = _group_sums((C[:, s] @ objective.S[s]) * C, scheme)
-    b = _group_sums(C * objective.pull, scheme)
+        A[:, g] = group_sums((C[:, s] @ objective.S[s]) * C, scheme, torch.float64)
+    b = group_sums(C * objective.pull, scheme, torch.float64)
 
     def loss(s: Tensor) -> Tensor:
         """Of every row, f64[N], up to a constant."""
@@ -59,11 +59,6 @@ def _refit_rows(codes: Tensor, scale: Tensor, zero: Tensor, objective: Objective
     ridge = A.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=1e-30) * RIDGE
     new = _rounded_in_turn(A + torch.diag_embed(ridge.expand_as(b)), b + ridge * scale)
     return torch.where((loss(new.double()) < loss(scale.double()))[:, None], new, scale)
-
-
-def _group_sums(x: Tensor, scheme: QuantScheme) -> Tensor:
-    """f32[N, K] -> f64[N, G]."""
-    return torch.stack([x[:, s].sum(1, dtype=torch.float64) for s in scheme.slices(x.shape[1])], 1)
 
 
 def _rounded_in_turn(A: Tensor, b: Tensor) -> Tensor:

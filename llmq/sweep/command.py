@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,6 +32,7 @@ from llmq.kernels.reference import ACTIVATION_BITS
 from llmq.models.digest import model_digest
 from llmq.models.load import SourceModel, open_model
 from llmq.quantize import add_fields, options_of
+from llmq.records import Record, read_record, write_record
 from llmq.report import versions
 from llmq.solvers import METHODS
 from llmq.sweep import report
@@ -43,9 +42,9 @@ from llmq.sweep.rows import Row, ablation, parse_grid, presets
 from llmq.sweep.scoring import Candidate, score_candidates
 from llmq.sweep.stored_bits import of_checkpoint
 
-Record = report.Record
 # What must be the same for rows to stand in one table.
 IDENTITY = ("model_digest", "text_sha256", "protocol", "activation_bits", "calibration", "gptq", "head_bits")
+FIELDS = ("model", "rows", "reference", *IDENTITY)
 
 
 def build_parser(description: str | None) -> argparse.ArgumentParser:
@@ -146,7 +145,7 @@ def prepare(args: argparse.Namespace) -> Sweep:
     rows = [row for row in rows if row.name not in missing]
     record |= {"missing": missing, "failed": {}}
     return Sweep(
-        reference, source, tokens, rows, peers, shared, args.at_once, record, lambda: _write(args.json, record)
+        reference, source, tokens, rows, peers, shared, args.at_once, record, lambda: write_record(args.json, record)
     )
 
 
@@ -169,7 +168,7 @@ def _record(path: Path, head: Record) -> Record:
     empty: Record = {"reference": None, "rows": {}, "missing": {}, "failed": {}}
     if not path.is_file():
         return head | empty
-    record = read_record(path)
+    record = read_record(path, FIELDS)
     for key in IDENTITY:
         if record.get(key) != json.loads(json.dumps(head[key])):
             raise ValueError(
@@ -177,27 +176,6 @@ def _record(path: Path, head: Record) -> Record:
                 "rows of one table must agree in it: write to another --json"
             )
     return record | {"versions": head["versions"]}
-
-
-def read_record(path: Path) -> Record:
-    """A record written by ``--json``. Raises FileNotFoundError or ValueError."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--read: there is no file {path}")
-    try:
-        record: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); give a file written by --json") from error
-    lacking = {"model", "rows", "reference", *IDENTITY} - set(record if isinstance(record, dict) else ())
-    if lacking:
-        raise ValueError(f"{path} has no {', '.join(sorted(lacking))}; give a file written by --json")
-    found: Record = record
-    return found
-
-
-def _write(path: Path, record: Record) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def sweep(job: Sweep) -> None:
@@ -242,7 +220,7 @@ def run(args: argparse.Namespace) -> Record:
     """Do what the command line says; returns the record."""
     if args.read:
         check_plot(args.plot)
-        record = read_record(args.read)
+        record = read_record(args.read, FIELDS)
     else:
         job = prepare(args)
         record = job.record

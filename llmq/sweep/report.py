@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
-Record = dict[str, Any]
+from llmq.records import Record
+
 # Title of each figure that is drawn against bits a weight.
 FIGURES = {"perplexity": "perplexity", "kl": "KL to the unquantized model, nats a token"}
 
