@@ -90,10 +90,18 @@ def group_sums(x: Tensor, scheme: QuantScheme) -> Tensor:
 
 def dequantize(q: Tensor, scale: Tensor, zero: Tensor | None, scheme: QuantScheme) -> Tensor:
     """f32[N, K] = scale * (q - zero). Arguments as the fields of :class:`QTensor`."""
-    k = q.shape[1]
-    centred = q.float()
-    centred -= scheme.mid if zero is None else expand_groups(zero.float(), k, scheme)
-    return centred.mul_(expand_groups(scale.float(), k, scheme))
+    k, width = q.shape[1], scheme.group_width(q.shape[1])
+    out = q.float()
+    whole = k // width
+    # Views, group by group: numbers repeated over the columns would take the memory of the matrix once more.
+    parts = ((out[:, : whole * width], slice(whole)), (out[:, whole * width :], slice(whole, None)))
+    for columns, groups in parts:
+        if not columns.shape[1]:
+            continue
+        view = columns.unflatten(1, (-1, min(width, columns.shape[1])))
+        view -= scheme.mid if zero is None else zero[:, groups, None].float()
+        view *= scale[:, groups, None].float()
+    return out
 
 
 def storable_scale(scale: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.needle",
         "llmq.evaluation",
         "llmq.conversion",
+        "llmq.speed",
         "llmq.difference",
         "llmq.exports",
     ),

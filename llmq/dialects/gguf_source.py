@@ -26,7 +26,7 @@ from llmq.formats import Inexact
 from llmq.formats import gguf as blocks
 from llmq.formats.affine import Affine
 from llmq.models.families import family_of
-from llmq.models.gguf import check_magic, damaged, one_reader
+from llmq.models.gguf import check_file, damaged, one_reader
 from llmq.models.gguf_export import GGUF_FAMILIES, halves_order, head_dim, heads_to_permute, llama3_divisors
 from llmq.models.load import embedding_names, empty_model, load_config
 from llmq.models.reader import read_json
@@ -57,7 +57,7 @@ def open_gguf(path: Path, *, inexact: str, log: Log) -> Source:
             are missing or of another shape than the metadata say.
         Inexact: linears in a block type that no QTensor holds, unless ``inexact`` is ``requantize``.
     """
-    check_magic(path)
+    check_file(path)
     with one_reader() as make:
         try:
             reader = make(path)
@@ -114,6 +114,7 @@ class _Reading:
             origin="GGUF file",
             config=self.raw,
             hf_config=self.config,
+            model=model,
             matrices=self.matrices,
             tied=tied,
             others=self.others,

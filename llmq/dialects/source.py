@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmq.checkpoint import REPORT_NAME
 from llmq.dialects import open_quantized
@@ -43,6 +43,7 @@ class Source:
         origin: its format, for people.
         config: config.json without what says how it is quantized.
         hf_config: the same as transformers' object.
+        model: its modules, parameters on meta.
         matrices: the quantized matrices, by module.
         tied: module -> module whose matrix it uses.
         others: all other tensors, by full name.
@@ -57,6 +58,7 @@ class Source:
     origin: str
     config: dict[str, Any]
     hf_config: Any
+    model: nn.Module
     matrices: dict[str, Stored]
     tied: dict[str, str]
     others: dict[str, Other]
@@ -80,9 +82,10 @@ def open_source(spec: str | Path, *, inexact: str, log: Log) -> Source:
     found = open_quantized(path, inexact=inexact)
     config = {k: v for k, v in found.config.items() if k not in ("quantization", "quantization_config")}
     hf_config = load_config(path, found.config)
-    tied = found.tied or _tied_by_config(hf_config, path, found.matrices)
+    model = empty_model(hf_config)
+    tied = found.tied or _tied_by_config(model, path, found.matrices)
     reader = found.reader
-    modules = dict(empty_model(hf_config).named_modules())
+    modules = dict(model.named_modules())
     # AutoGPTQ stores biases of zeros for linears without one.
     stale = {f"{name}.bias" for name in found.matrices if getattr(modules.get(name), "bias", None) is None}
     others = {
@@ -96,6 +99,7 @@ def open_source(spec: str | Path, *, inexact: str, log: Log) -> Source:
         origin=f"{found.dialect} folder",
         config=config,
         hf_config=hf_config,
+        model=model,
         matrices=found.matrices,
         tied=tied,
         others=others,
@@ -106,9 +110,9 @@ def open_source(spec: str | Path, *, inexact: str, log: Log) -> Source:
     )
 
 
-def _tied_by_config(hf_config: Any, folder: Path, matrices: dict[str, Stored]) -> dict[str, str]:
+def _tied_by_config(model: Any, folder: Path, matrices: dict[str, Stored]) -> dict[str, str]:
     """A head that shares a quantized embedding, where only the config says so."""
-    if not getattr(hf_config.get_text_config(), "tie_word_embeddings", False):
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         return {}
-    embed, head = embedding_names(empty_model(hf_config), folder)
+    embed, head = embedding_names(model, folder)
     return {head: embed} if embed in matrices and head not in matrices else {}
