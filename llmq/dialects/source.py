@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +15,7 @@ from llmq.checkpoint import REPORT_NAME
 from llmq.dialects import open_quantized
 from llmq.dialects.stored import Stored
 from llmq.models.load import embedding_names, empty_model, load_config
+from llmq.models.reader import read_json
 
 Log = Callable[[str], None]
 
@@ -82,7 +82,10 @@ def open_source(spec: str | Path, *, inexact: str, log: Log) -> Source:
     found = open_quantized(path, inexact=inexact)
     config = {k: v for k, v in found.config.items() if k not in ("quantization", "quantization_config")}
     hf_config = load_config(path, found.config)
-    model = empty_model(hf_config)
+    try:
+        model = empty_model(hf_config)
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'}: {error}") from error
     tied = found.tied or _tied_by_config(model, path, found.matrices)
     reader = found.reader
     modules = dict(model.named_modules())
@@ -93,6 +96,8 @@ def open_source(spec: str | Path, *, inexact: str, log: Log) -> Source:
         for name in found.others()
         if name not in stale
     }
+    shapes = {f"{name}.weight": (m.n, m.k) for name, m in found.matrices.items()}
+    _check_whole(model, {name: other.shape for name, other in others.items()} | shapes, tied, path)
     report = path / REPORT_NAME
     return Source(
         spec=str(spec),
@@ -105,9 +110,24 @@ def open_source(spec: str | Path, *, inexact: str, log: Log) -> Source:
         others=others,
         files=path,
         notes=found.notes,
-        report=json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {},
+        report=read_json(report) if report.is_file() else {},
         own_card=report.is_file(),
     )
+
+
+def _check_whole(model: nn.Module, shapes: dict[str, tuple[int, ...]], tied: dict[str, str], folder: Path) -> None:
+    """Raise ValueError for a parameter of the model that the files lack or have in another shape."""
+    for full, parameter in model.named_parameters():
+        shape = shapes.get(full)
+        if shape is None and full.removesuffix(".weight") in tied:
+            continue
+        if shape is None:
+            raise ValueError(f"{folder}: the files hold no {full}, which the model of config.json has")
+        if tuple(parameter.shape) != shape:
+            raise ValueError(
+                f"{folder}: {full} is {shape} in the files, {tuple(parameter.shape)} in the model of config.json: they"
+                " do not belong together"
+            )
 
 
 def _tied_by_config(model: Any, folder: Path, matrices: dict[str, Stored]) -> dict[str, str]:
