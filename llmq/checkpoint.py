@@ -81,7 +81,7 @@ def parse_quantization_config(block: dict[str, Any], where: str) -> tuple[dict[s
         raise ValueError(f"{where}: 'modules' must name the scheme of each quantized module; the file is damaged")
     schemes = {name: _parse_scheme(str(text), f"{where}: module {name}") for name, text in modules.items()}
     for name, source in tied.items():
-        if source not in schemes:
+        if not isinstance(source, str) or source not in schemes:
             raise ValueError(f"{where}: {name} is tied to {source}, which is not among the quantized modules")
     try:
         KVCacheConfig.parse(str(block.get("kv_bits", "16")))

@@ -6,6 +6,7 @@ the numbers are those that were read.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,12 @@ from llmq.dialects.targets import CONFIG_FILES, TARGETS, Places, Target
 from llmq.formats import FORMATS, Inexact
 from llmq.formats.row import full_zeros
 from llmq.models.families import family_of
-from llmq.models.load import embedding_names, empty_model
+from llmq.models.load import embedding_names
 from llmq.qtensor import QTensor, minmax_grid, quantize
-from llmq.report import Log, load_lines, mean_errors, silent, size, versions
+from llmq.report import Log, load_lines, mean_errors, peak_rss, silent, size, versions
 
-SHARD_BYTES = 1 << 30
+# Tensors of a shard are held together until it is written: small ones keep the peak near that of the largest matrix.
+SHARD_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,7 @@ def plan_conversion(source: Source, target: str, *, lossy: bool) -> Conversion:
     """
     one_of("format", target, TARGETS)
     row_of = TARGETS[target]
-    model = empty_model(source.hf_config)
-    embed, head = embedding_names(model, source.files)
+    embed, head = embedding_names(source.model, source.files)
     kept = {n: m.scheme for n, m in source.matrices.items() if n != embed or row_of.embeddings}
     row = row_of.row(kept)
     moves = {name: _move(m, row_of, row, embed, kept) for name, m in source.matrices.items()}
@@ -114,7 +115,7 @@ def plan_conversion(source: Source, target: str, *, lossy: bool) -> Conversion:
     if not schemes:
         raise Inexact(f"no matrix of {source.spec} can be quantized in {target}")
     row = row_of.row(schemes)
-    places = Places(schemes, _dense_linears(model, schemes), embed, head, _ties(source, schemes))
+    places = Places(schemes, _dense_linears(source.model, schemes), embed, head, _ties(source, schemes))
     return Conversion(source, target, row, moves, places)
 
 
@@ -184,13 +185,13 @@ def convert(
         overwrite: replace ``output`` if it is a model folder.
         vocabulary: for GGUF: a file whose tokenizer is copied. Without one, and unless the source is a GGUF file, the
             file has no tokenizer: programs that feed token ids can run it.
-        log: gets the table and each line of progress; default: none.
+        log: gets the table, each line of progress and what it cost; default: none.
 
     Raises:
         ValueError, FileNotFoundError, FileExistsError: what is wrong with the request or the files.
         Inexact: something cannot be exact, and ``lossy`` is not set; a ValueError.
     """
-    log = log or silent
+    log, start = log or silent, time.monotonic()
     one_of("format", target, TARGETS)
     if vocabulary is not None and target != "gguf":
         raise ValueError(f"a vocabulary belongs into a GGUF file; {target} folders carry the source's tokenizer files")
@@ -202,11 +203,24 @@ def convert(
     if target == "gguf":
         from llmq.dialects.gguf_target import write_gguf
 
-        return write_gguf(source, plan.moves, Path(output), overwrite=overwrite, rounded=lossy)
-    dtype = torch.float16 if lossy else torch.float32
+        path = write_gguf(source, plan.moves, Path(output), overwrite=overwrite, rounded=lossy)
+        log(f"{path}: gguf, {size(path.stat().st_size)}{_cost(start)}")
+        return path
+    total = _write_folder(plan, Path(output), overwrite, torch.float16 if lossy else torch.float32, log)
+    log(f"{output}: {target}, {size(total)}{_cost(start)}")
+    return Path(output)
+
+
+def _cost(start: float) -> str:
+    return f", in {time.monotonic() - start:.1f} s, peak memory {size(peak_rss())}"
+
+
+def _write_folder(plan: Conversion, output: Path, overwrite: bool, dtype: torch.dtype, log: Log) -> int:
+    """Write, read back and publish; returns the bytes of the tensors."""
+    source, target = plan.source, plan.target
     shards = list(_shards(plan))
     expected = sum(_nbytes(plan, name) for shard in shards for name in shard)
-    with CheckpointWriter(Path(output), len(shards), overwrite=overwrite, expected_bytes=expected) as writer:
+    with CheckpointWriter(output, len(shards), overwrite=overwrite, expected_bytes=expected) as writer:
         for shard in shards:
             tensors: dict[str, Tensor] = {}
             for name in shard:
@@ -216,13 +230,12 @@ def convert(
         config = {**source.config, **block, "dtype": _dtype(source, target)}
         config.pop("torch_dtype", None)
         report = {**source.report, "converted": {"from": source.origin, "to": target, "notes": source.notes}}
-        writer.finish(source.files, config, report, card(plan, Path(output).name))
+        writer.finish(source.files, config, report, card(plan, output.name))
         _settle_files(writer.partial, plan, block)
         log("reading the folder back")
         _check(writer.partial, plan)
         writer.publish()
-    log(f"{output}: {target}, {size(writer.total_bytes)}")
-    return Path(output)
+    return writer.total_bytes
 
 
 def _shards(plan: Conversion) -> Iterator[list[str]]:

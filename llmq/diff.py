@@ -1,4 +1,4 @@
-"""``python -m llmq.diff A B``: what lies between two models: weights, integers, a text, sizes."""
+"""``python -m llmq.diff A B``: what lies between two models: weights, integers, a text, sizes, speed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m llmq.diff",
         description="Compare model B with model A, the reference: error of each matrix, equal codes, KL and top-1 on a"
-        " text, sizes. Either may be quantized in any format that llmq reads, or not at all.",
+        " text, sizes, speed. Either may be quantized in any format that llmq reads, or not at all.",
         epilog="Example: python -m llmq.diff gemma-3-1b gemma-3-1b-w4g128 --text book.txt",
         allow_abbrev=False,
     )
@@ -25,6 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--text", metavar="FILE", help="text on which both are run (default: none)")
     parser.add_argument("--seqlen", type=int, default=512, help="tokens a window of the text (default: 512)")
     parser.add_argument("--windows", type=int, help="windows of the text at most (default: all)")
+    parser.add_argument("--speed", action="store_true", help="decode a few tokens with both, in turns: tokens a second")
     parser.add_argument("--each", action="store_true", help="a line for each matrix instead of each kind")
     parser.add_argument("--json", metavar="FILE", help="write every figure to FILE")
     return parser
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         args.b,
         text=text,
         protocol=EvalProtocol(seqlen=args.seqlen, max_windows=args.windows),
+        speed=args.speed,
         log=lambda line: print(line, file=sys.stderr, flush=True),  # noqa: T201
     )
     print(found.table(each=args.each))  # noqa: T201

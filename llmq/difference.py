@@ -6,24 +6,27 @@ Either may be quantized, in any format that llmq reads, or not at all. The first
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
 
 from llmq.checkpoint import is_weight_file
 from llmq.dialects import quantization_block
 from llmq.dialects.source import open_source
 from llmq.dialects.stored import Stored
-from llmq.evaluation import EvalProtocol, check_same_vocabulary, evaluate, find, resolve_bos
+from llmq.evaluation import EvalProtocol, Subject, check_same_vocabulary, evaluate, find, resolve_bos
 from llmq.formats import Inexact
 from llmq.models.load import open_model
 from llmq.models.reader import read_json
 from llmq.models.resolve import resolve
 from llmq.report import Log, silent, size
+from llmq.runtime.auto import expanded
 from llmq.score import Score
+from llmq.speed import Speed, decode_speeds
 
 
 @dataclass(frozen=True)
@@ -66,20 +69,26 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """All rows, modules that only one of the models has, and the score of B against A on a text, if one was given."""
+    """All rows, modules that only one of the models has, and, if asked for, the score of B on a text and the speeds."""
 
     views: tuple[View, View]
     rows: list[Row]
     alone: list[str]
     score: Score | None = None
     notes: list[str] = field(default_factory=list)
+    speeds: tuple[Speed, Speed] | None = None
 
     def table(self, *, each: bool = False) -> str:
         """For a person: sizes, a line a kind of matrix (or each matrix), the figures on the text."""
         a, b = self.views
+        speeds = ["", ""]
+        if self.speeds is not None:
+            ratio = self.speeds[1].rate / self.speeds[0].rate
+            speeds = [f"; {speed}" for speed in self.speeds]
+            speeds[1] += f", {ratio:.2f} of A"
         lines = [
-            f"A  {a.spec} ({a.origin}), {size(a.nbytes)}",
-            f"B  {b.spec} ({b.origin}), {size(b.nbytes)}, {b.nbytes / a.nbytes:.3f} of A",
+            f"A  {a.spec} ({a.origin}), {size(a.nbytes)}{speeds[0]}",
+            f"B  {b.spec} ({b.origin}), {size(b.nbytes)}, {b.nbytes / a.nbytes:.3f} of A{speeds[1]}",
             "",
             f"  {'matrix':34} {'count':>5} {'A -> B':>26} {'error':>10} {'worst':>10} {'same codes':>11}",
         ]
@@ -107,11 +116,18 @@ class Difference:
             "alone": self.alone,
             "notes": self.notes,
             "text": None if self.score is None else self.score.to_json(),
+            "speed": None if self.speeds is None else [vars(speed) for speed in self.speeds],
         }
 
 
 def difference(
-    a: str, b: str, *, text: str | None = None, protocol: EvalProtocol | None = None, log: Log | None = None
+    a: str,
+    b: str,
+    *,
+    text: str | None = None,
+    protocol: EvalProtocol | None = None,
+    speed: bool = False,
+    log: Log | None = None,
 ) -> Difference:
     """Compare model ``b`` with model ``a``.
 
@@ -119,6 +135,7 @@ def difference(
         a, b: folders of any dialect or not quantized, ``.gguf`` files, aliases or hub ids.
         text: a text on which both are run; None: weights and sizes only.
         protocol: how the text becomes windows.
+        speed: decode a few tokens with both, in turns (:func:`llmq.speed.decode_speeds`).
         log: gets each line of progress.
 
     Raises:
@@ -136,7 +153,10 @@ def difference(
         if (i + 1) % 50 == 0:
             log(f"  {i + 1} of {len(names)} matrices")
     alone = sorted(views[0].matrices.keys() ^ views[1].matrices.keys())
-    return Difference(views, rows, alone, None if text is None else _score(a, b, text, protocol or EvalProtocol(), log))
+    if text is None and not speed:
+        return Difference(views, rows, alone)
+    found = _run(a, b, text, protocol or EvalProtocol(), speed, log)
+    return Difference(views, rows, alone, score=found[0], speeds=found[1])
 
 
 def compare(name: str, a: Matrix, b: Matrix) -> Row:
@@ -204,9 +224,33 @@ def _dense(spec: str, folder: Path, nbytes: int) -> View:
     return View(spec, "not quantized", nbytes, found)
 
 
-def _score(a: str, b: str, text: str, protocol: EvalProtocol, log: Log) -> Score:
-    reference, model = find(a, log=log), find(b, log=log)
-    settled = EvalProtocol(**{**vars(protocol), "bos": resolve_bos(model.tokenizer, protocol.bos)})
-    check_same_vocabulary(model, reference, text=text, protocol=settled)
+def _run(
+    a: str, b: str, text: str | None, protocol: EvalProtocol, speed: bool, log: Log
+) -> tuple[Score | None, tuple[Speed, Speed] | None]:
+    """What only loaded models tell."""
+    reference, model = _subject(a, log), _subject(b, log)
+    if text is not None:
+        protocol = replace(protocol, bos=resolve_bos(model.tokenizer, protocol.bos))
+        check_same_vocabulary(model, reference, text=text, protocol=protocol)
+    loaded, other = model.load(), reference.load()
+    speeds = None
+    if speed:
+        log("decoding with both, in turns")
+        speeds = decode_speeds(other, loaded)
+    if text is None:
+        return None, speeds
     log("scoring the text with both")
-    return evaluate(model.load(), model.tokenizer, text, settled, reference=reference.load())
+    return evaluate(loaded, model.tokenizer, text, protocol, reference=other), speeds
+
+
+def _subject(spec: str, log: Log) -> Subject:
+    """As :func:`llmq.evaluation.find`; a GGUF file of blocks that are grids of ours runs on the kernels."""
+    path = Path(spec).expanduser()
+    if path.suffix.lower() != ".gguf" or not path.is_file():
+        return find(spec, log=log)
+    try:
+        folder = expanded(path, "refuse")
+    except Inexact:
+        return find(spec, log=log)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    return Subject(spec, folder, config, AutoTokenizer.from_pretrained(folder, local_files_only=True))

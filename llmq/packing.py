@@ -10,6 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Widths that divide a byte: the codes of a byte, spread over the bytes of one little-endian word and back by
+# ``word |= word << shift`` in turn, four times as fast as code by code. Word, shifts, mask of the codes.
+WORDS = {4: (torch.int16, (4,), 0x0F0F), 2: (torch.int32, (12, 6), 0x03030303)}
+
 
 def packed_width(n_codes: int, bits: int) -> int:
     """Bytes that ``n_codes`` codes of ``bits`` bits take."""
@@ -36,6 +40,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         raise ValueError(f"code {int(codes.max())} does not fit {bits} bits (largest: {(1 << bits) - 1})")
     if bits == 8:
         return codes.clone()
+    if bits in WORDS:
+        return _squeeze(codes, bits)
     # Eight codes fill exactly `bits` bytes: work on whole octets, then cut the padding off.
     *lead, n = codes.shape
     padded = torch.nn.functional.pad(codes, (0, -n % 8)).reshape(*lead, -1, 8)
@@ -46,6 +52,16 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         if shift + bits > 8:
             out[..., byte + 1] |= padded[..., i] >> (8 - shift)
     return out.reshape(*lead, -1)[..., : packed_width(n, bits)].contiguous()
+
+
+def _squeeze(codes: Tensor, bits: int) -> Tensor:
+    dtype, shifts, _ = WORDS[bits]
+    padded = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % dtype.itemsize))
+    # Flat and a copy: a view of wider words minds strides and alignment.
+    words = padded.reshape(-1).clone().view(dtype)
+    for shift in reversed(shifts):
+        words |= words >> shift
+    return words.to(torch.uint8).reshape(*codes.shape[:-1], packed_width(codes.shape[-1], bits))
 
 
 def unpack_bits(packed: Tensor, bits: int, n_codes: int) -> Tensor:
@@ -60,6 +76,13 @@ def unpack_bits(packed: Tensor, bits: int, n_codes: int) -> Tensor:
         raise ValueError(f"{n_codes} codes of {bits} bits take {width} bytes a row, the tensor has {packed.shape[-1]}")
     if bits == 8:
         return packed.clone()
+    if bits in WORDS:
+        dtype, shifts, mask = WORDS[bits]
+        words = packed.to(dtype, memory_format=torch.contiguous_format)
+        for shift in shifts:
+            words |= words << shift
+        words &= mask
+        return words.view(torch.uint8)[..., :n_codes].contiguous()
     *lead, n = packed.shape
     octets = torch.nn.functional.pad(packed, (0, -n % bits)).reshape(*lead, -1, bits)
     out = torch.empty(*octets.shape[:-1], 8, dtype=torch.uint8)

@@ -52,6 +52,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.needle",
         "llmq.evaluation",
         "llmq.conversion",
+        "llmq.speed",
         "llmq.difference",
         "llmq.exports",
     ),

@@ -154,6 +154,27 @@ def test_gguf_there_and_back(original: Path, tmp_path: Path) -> None:  # noqa: F
     check_logits(llmq.AutoModelForCausalLM.from_pretrained(path), expected)
 
 
+@pytest.mark.parametrize("target", ["gguf", "gptq"])
+def test_three_lines_from_a_file_to_text(target: str, original: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Those of the README: the tokenizer is found where the model says it came from, for a file, too."""
+    native(original, tmp_path / "a", SYM)
+    vocabulary, _ = write_gguf(tmp_path / "v.gguf")
+    path = tmp_path / ("b.gguf" if target == "gguf" else "b")
+    convert(tmp_path / "a", path, target, vocabulary=vocabulary if target == "gguf" else None)
+    if target == "gptq":
+        own = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="v.gguf")
+        own.init_kwargs.pop("gguf_file", None)
+        own.save_pretrained(path)
+    model = llmq.AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)
+    inputs = tokenizer("Hello", return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=4)
+    length = inputs["input_ids"].shape[1]
+    assert length > 1
+    assert out[0, :length].tolist() == inputs["input_ids"][0].tolist()
+    assert out.shape[1] > length
+
+
 def test_gguf_of_a_gemma_with_a_tied_embedding(tmp_path: Path) -> None:
     """Norms are 1 + w in the file; the head is the embedding."""
     torch.manual_seed(0)
@@ -235,12 +256,12 @@ def rewritten(path: Path, out: Path, kinds: dict[str, str]) -> Path:
             size, nbytes = gguf.GGML_QUANT_SIZES[kind]
             rows, columns = int(t.shape[1]), int(t.shape[0])
             W = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).numpy()
-            if kinds[t.name] == "IQ4_NL":  # the package does not write it: any bytes are codes, d is 1
-                blocks = torch.randint(0, 256, (rows, columns // size, nbytes), dtype=torch.uint8)
-                blocks[..., :2] = torch.tensor([0x00, 0x3C], dtype=torch.uint8)
-                data = blocks.reshape(rows, -1).numpy()
-            else:
+            try:
                 data = gguf.quants.quantize(W, kind)
+            except NotImplementedError:  # any bytes are codes; below 0x3C all their fp16 numbers are finite
+                draw = torch.Generator().manual_seed(2)
+                shape = (rows, columns // size * nbytes)
+                data = torch.randint(0, 0x3C, shape, dtype=torch.uint8, generator=draw).numpy()
         writer.add_tensor(t.name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

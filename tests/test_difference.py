@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 from test_conversion import SYM, native
 from test_dialects import original  # noqa: F401
 
+import llmq
 from llmq import diff
 from llmq.conversion import convert
 from llmq.difference import difference
@@ -59,14 +62,53 @@ def test_the_command_with_a_text(tiny_model, tmp_path: Path, capsys: pytest.Capt
     text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
     capsys.readouterr()
     report = tmp_path / "d.json"
-    assert diff.main([model, str(out), "--text", str(text), "--seqlen", "32", "--json", str(report)]) == 0
+    assert diff.main([model, str(out), "--text", str(text), "--seqlen", "32", "--speed", "--json", str(report)]) == 0
     shown = capsys.readouterr().out
     assert "KL(reference||model)" in shown
     assert "dense -> w8g32" in shown
+    assert re.search(r"tokens/s \(.*\), [\d.]+ of A\n", shown)
     found = json.loads(report.read_text())
+    assert all(side["rate"] > 0 for side in found["speed"])
     assert found["text"]["kl"] >= 0
     assert found["text"]["top1"] > 0.9
     assert all(0 < row["error"] < 0.01 for row in found["matrices"] if "_proj" in row["name"]), "8 bits: half of 1/127"
+
+
+def test_speed_of_both(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """One model decodes as if it took a clock's tick a token, the other two: the rates are 1 and 1/2."""
+    from llmq import speed
+
+    native(original, tmp_path / "a", SYM)
+    models = [llmq.AutoModelForCausalLM.from_pretrained(path) for path in (original, tmp_path / "a")]
+    models[1].generation_config.eos_token_id = list(range(160))  # ignored, and put back
+    now = 0.0
+    order = []
+
+    def slow(model: Any, ticks: float) -> Any:
+        def generate(*args: Any, streamer: Any, **options: Any) -> Any:
+            put = streamer.put
+
+            def later(value: Any) -> None:
+                nonlocal now
+                now += ticks
+                put(value)
+
+            order.append(ticks)
+            streamer.put = later
+            return type(model).generate(model, *args, streamer=streamer, **options)
+
+        return generate
+
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now)
+    for model, ticks in zip(models, (1.0, 2.0), strict=True):
+        monkeypatch.setattr(model, "generate", slow(model, ticks))
+    found = speed.decode_speeds(*models, tokens=4, rounds=2)
+    assert [f.rate for f in found] == [1.0, 0.5]
+    assert order == [2.0, 1.0, 1.0, 2.0, 2.0, 1.0], "in turns, every other round in reverse order"
+    assert models[1].generation_config.eos_token_id == list(range(160))
+    assert found[0].engine.startswith("Hugging Face graph")
+    with pytest.raises(ValueError, match="1 tokens in 5 rounds"):
+        speed.decode_speeds(*models, tokens=1)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +116,6 @@ def test_the_command_with_a_text(tiny_model, tmp_path: Path, capsys: pytest.Capt
     [(["--text", "nowhere.txt"], "there is no such file"), ([], "no model is called 'b'|config.json|no such")],
 )
 def test_bad_input(flags: list[str], message: str, original: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
-    import re
-
     assert diff.main([str(original), "b", *flags]) == 2
     assert re.search(message, capsys.readouterr().err)
 

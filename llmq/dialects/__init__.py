@@ -15,6 +15,7 @@ from llmq.config import one_of
 from llmq.dialects import awq, compressed_tensors, gptq, mlx, native
 from llmq.dialects.stored import INEXACT, Found, Stored
 from llmq.models.families import family_of
+from llmq.models.load import check_depth
 from llmq.models.reader import WeightReader, read_json
 
 Find = Callable[..., Found]
@@ -68,13 +69,13 @@ def quantization_block(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] 
     block = config.get("quantization_config")
     if block is None and isinstance(config.get("text_config"), dict):
         block = config["text_config"].get("quantization_config")
+    if block is not None and not isinstance(block, dict):
+        raise ValueError(f"quantization_config is a {type(block).__name__}; an object was expected")
     plain = config.get("quantization")
     if isinstance(plain, dict) and (block is None or "quant_method" not in block):
         return "mlx", plain
     if block is None:
         return None
-    if not isinstance(block, dict):
-        raise ValueError(f"quantization_config is a {type(block).__name__}; an object was expected")
     method = block.get("quant_method")
     one_of("quant_method", method, DIALECTS)
     return str(method), block
@@ -95,12 +96,16 @@ def open_quantized(folder: Path, *, inexact: str = "refuse") -> QuantizedFolder:
     one_of("inexact", inexact, INEXACT)
     folder = Path(folder)
     config = read_json(folder / "config.json")
-    found = quantization_block(config)
+    try:
+        found = quantization_block(config)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
     if found is None:
         raise ValueError(f"{folder} is not quantized: its config.json has no quantization_config")
     dialect, block = found
     family = family_of(str(config.get("model_type")))
     reader = WeightReader(folder, renames=family.key_renames if family else ())
+    check_depth(config, len(reader.names()), str(folder))
     got = DIALECTS[dialect](reader, block, where=str(folder), inexact=inexact)
     if not got.matrices:
         raise ValueError(f"{folder}: config.json says {dialect}, but the files hold no quantized matrix of that kind")

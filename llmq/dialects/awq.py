@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmq.config import QuantScheme, one_of
@@ -34,6 +35,8 @@ def _stored(reader: WeightReader, name: str, said: int, version: str, where: str
     for key in full.values():
         if len(reader.shape(key)) != 2:
             raise ValueError(f"{where}: {key} has shape {reader.shape(key)}; a matrix was expected")
+    if reader.dtype(full["qzeros"]) not in (torch.int32, torch.uint32):
+        raise ValueError(f"{where}: {full['qzeros']} is {reader.dtype(full['qzeros'])}; 32-bit words were expected")
     rows, columns = reader.shape(full["qweight"])
     if version == "gemm":
         n, k = columns * awq.PER_WORD, rows
@@ -41,6 +44,8 @@ def _stored(reader: WeightReader, name: str, said: int, version: str, where: str
     else:
         n, k = rows, columns * awq.PER_WORD
         size = group_size(-(-k // (k if said == -1 else said)), k, said, at)
+    if not n:
+        raise ValueError(f"{at} has no outputs: the file is damaged")
     zeros = _zeros(reader.tensor(full["qzeros"]), version, QuantScheme(awq.BITS, size).n_groups(k))
     scheme = QuantScheme(awq.BITS, size, sym=bool((zeros == 8).all()))
     unpack: Callable[..., QTensor] = FORMATS[VERSIONS[version]].unpack

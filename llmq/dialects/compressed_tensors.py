@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from llmq.config import BITS, QuantScheme, one_of
-from llmq.dialects.stored import Found, Stored, group_size, number, tensors_of
+from llmq.dialects.stored import Found, Stored, group_size, matches, number, tensors_of
 from llmq.formats import Inexact
 from llmq.formats import compressed_tensors as ct
 from llmq.formats.gptq import column_order
@@ -41,9 +40,12 @@ def _weights(groups: Mapping[str, Any], module: str, where: str) -> Mapping[str,
     """The arguments of the group whose targets name ``module``: by name, else by regex, else by class."""
     ranked: list[tuple[int, Any]] = []
     for group in groups.values():
-        for target in group.get("targets", ()):
+        targets = group.get("targets", ())
+        if not isinstance(targets, list | tuple):
+            raise ValueError(f"{where}: the targets of a config group are {targets!r}; a list was expected")
+        for target in targets:
             if str(target).startswith("re:"):
-                if re.match(str(target)[3:], module):
+                if matches(str(target)[3:], module, where):
                     ranked.append((1, group))
             elif target == module or module.endswith(f".{target}"):
                 ranked.append((0, group))
@@ -53,8 +55,9 @@ def _weights(groups: Mapping[str, Any], module: str, where: str) -> Mapping[str,
         raise ValueError(f"{where}: {module} is quantized, but no target of config_groups names it")
     group = min(ranked, key=lambda row: row[0])[1]
     weights = group.get("weights")
-    if not isinstance(weights, dict) or weights.get("type") != "int":
-        raise Inexact(f"{where}: {module} has weights of type {weights and weights.get('type')!r}; llmq holds int")
+    kind = weights.get("type") if isinstance(weights, dict) else weights
+    if not isinstance(weights, dict) or kind != "int":
+        raise Inexact(f"{where}: {module} has weights of type {kind!r}; llmq holds int")
     return weights
 
 
@@ -69,13 +72,17 @@ def _packed(reader: WeightReader, module: str, weights: Mapping[str, Any], where
     at = f"{where}: {module}"
     full = {suffix: f"{module}.{suffix}" for suffix in PACKED}
     bits = number(weights, ("num_bits",), at, BITS)
-    shape = reader.tensor(full["weight_shape"]).tolist() if full["weight_shape"] in reader else None
+    named = full["weight_shape"] in reader and reader.dtype(full["weight_shape"]) in (torch.int64, torch.int32)
+    shape = reader.tensor(full["weight_shape"]).tolist() if named else None
     words = reader.shape(full["weight_packed"])
     if not isinstance(shape, list) or len(shape) != 2 or len(words) != 2 or words[0] != shape[0] or shape[1] <= 0:
         raise ValueError(f"{at}: weight_packed is {words}, weight_shape says {shape}")
     n, k = shape
     scheme = QuantScheme(bits, _size(reader, module, weights, k, where), sym=full["weight_zero_point"] not in reader)
-    padded = ct.is_padded(words[1], k, bits)
+    try:
+        padded = ct.is_padded(words[1], k, bits)
+    except ValueError as error:
+        raise ValueError(f"{at}: {error}") from None
     order = None
     if full["weight_g_idx"] in reader:
         g_idx = reader.tensor(full["weight_g_idx"])

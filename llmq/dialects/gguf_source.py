@@ -26,9 +26,9 @@ from llmq.formats import Inexact
 from llmq.formats import gguf as blocks
 from llmq.formats.affine import Affine
 from llmq.models.families import family_of
-from llmq.models.gguf import check_magic, damaged, one_reader
+from llmq.models.gguf import check_file, damaged, one_reader
 from llmq.models.gguf_export import GGUF_FAMILIES, halves_order, head_dim, heads_to_permute, llama3_divisors
-from llmq.models.load import embedding_names, empty_model, load_config
+from llmq.models.load import check_depth, embedding_names, empty_model, load_config
 from llmq.models.reader import read_json
 from llmq.qtensor import QTensor
 
@@ -57,7 +57,7 @@ def open_gguf(path: Path, *, inexact: str, log: Log) -> Source:
             are missing or of another shape than the metadata say.
         Inexact: linears in a block type that no QTensor holds, unless ``inexact`` is ``requantize``.
     """
-    check_magic(path)
+    check_file(path)
     with one_reader() as make:
         try:
             reader = make(path)
@@ -71,6 +71,8 @@ def open_gguf(path: Path, *, inexact: str, log: Log) -> Source:
             raise damaged(path, error) from error
         if count > 1:
             raise ValueError(f"{path} is one part of a model split into {count} files; join them first")
+        layers = reader.get_field(f"{arch}.block_count")
+        check_depth({"num_hidden_layers": layers and layers.contents()}, len(tensors), str(path))
         folder = _files(path, has_tokenizer, log)
     raw = read_json(folder / "config.json")
     return _Reading(path, folder, raw, str(arch), tensors, inexact).source()
@@ -101,7 +103,10 @@ class _Reading:
 
     def source(self) -> Source:
         self._rope_divisors()
-        model = empty_model(self.config)
+        try:
+            model = empty_model(self.config)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
         embed, head = embedding_names(model, self.folder)
         for full, parameter in model.named_parameters():
             self._take(full, tuple(parameter.shape), {embed, head})
@@ -114,6 +119,7 @@ class _Reading:
             origin="GGUF file",
             config=self.raw,
             hf_config=self.config,
+            model=model,
             matrices=self.matrices,
             tied=tied,
             others=self.others,
@@ -147,6 +153,8 @@ class _Reading:
         if found != shape:
             raise ValueError(f"{self.path}: {name} has shape {found}, {full} has {shape}: metadata and tensors differ")
         kind = tensor.tensor_type.name
+        if not blocks.readable(kind):
+            raise ValueError(f"{self.path}: {name} has type {kind}, whose numbers the gguf package does not read")
         module = full.removesuffix(".weight")
         heads = heads_to_permute(full, self.text, self.row)
         data = partial(_bytes, tensor)
@@ -175,7 +183,7 @@ class _Reading:
 
         at = f"{self.path}: {module}"
         if kind == "Q4_1":
-            return replace(affine_stored(module, shape, read, (), self.inexact), name=module)
+            return affine_stored(module, shape, read, (), self.inexact, str(self.path))
         scheme = blocks.scheme_of(kind)
         return Stored(module, *shape, scheme, lambda: blocks.to_scheme(read(), scheme, at))
 
@@ -233,11 +241,12 @@ def _files(path: Path, has_tokenizer: bool, log: Log) -> Path:
         try:
             config = AutoConfig.from_pretrained(path.parent, **where)
             tokenizer = AutoTokenizer.from_pretrained(path.parent, **where) if has_tokenizer else None
+            architecture = type(empty_model(config)).__name__
         except Exception as error:
             raise damaged(path, error) from error
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        config.architectures = [type(empty_model(config)).__name__]
+        config.architectures = [architecture]
         config.dtype = torch.float32
         config.save_pretrained(scratch)
         GenerationConfig.from_model_config(config).save_pretrained(scratch)

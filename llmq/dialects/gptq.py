@@ -7,14 +7,14 @@ config says (published files err); everything else is version 1.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from llmq.config import BITS, QuantScheme, one_of
-from llmq.dialects.stored import Found, Stored, group_size, number, tensors_of
+from llmq.dialects.stored import Found, Stored, check_words, group_size, matches, number, tensors_of
 from llmq.formats import gptq
 from llmq.models.reader import WeightReader
+from llmq.packing import word_width
 from llmq.qtensor import QTensor
 
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
@@ -46,10 +46,12 @@ def _shape(reader: WeightReader, block: Mapping[str, Any], name: str, where: str
         if f"{name}.{suffix}" not in reader:
             raise ValueError(f"{where}: {name} has qweight but no {suffix}")
     weight, scales = reader.shape(f"{name}.qweight"), reader.shape(f"{name}.scales")
-    bits = number(_override(block, name) or block, BIT_NAMES, where, BITS)
-    if len(weight) != 2 or len(scales) != 2 or weight[1] != scales[1] or weight[0] * 32 % bits:
+    bits = number(_override(block, name, where) or block, BIT_NAMES, where, BITS)
+    if len(weight) != 2 or len(scales) != 2 or weight[1] != scales[1] or weight[0] * 32 % bits or not weight[1]:
         raise ValueError(f"{where}: {name} has qweight {weight} and scales {scales}, which are not of one matrix")
-    return weight[1], weight[0] * 32 // bits, bits
+    n = weight[1]
+    check_words(reader, f"{name}.qzeros", (scales[0], word_width(n, bits)), where)
+    return n, weight[0] * 32 // bits, bits
 
 
 def _version(reader: WeightReader, name: str, n: int, _k: int, bits: int, said: str) -> int | None:
@@ -58,12 +60,12 @@ def _version(reader: WeightReader, name: str, n: int, _k: int, bits: int, said: 
     return gptq.version_by_content(reader.tensor(f"{name}.qzeros"), n, bits)
 
 
-def _override(block: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+def _override(block: Mapping[str, Any], name: str, where: str) -> dict[str, Any] | None:
     """What ``dynamic`` says of a module: a dict that lays over the block, None without a matching row."""
     rows = block.get("dynamic")
     for pattern, row in rows.items() if isinstance(rows, dict) else ():
         positive = not str(pattern).startswith("-:")
-        if positive and isinstance(row, dict) and re.match(str(pattern).removeprefix("+:"), name):
+        if positive and isinstance(row, dict) and matches(str(pattern).removeprefix("+:"), name, where):
             return {**block, **row}
     return None
 
@@ -73,7 +75,7 @@ def _stored(
 ) -> Stored:
     full = {suffix: f"{name}.{suffix}" for suffix in SUFFIXES}
     at = f"{where}: {name}"
-    said = number(_override(block, name) or block, GROUP_NAMES, where)
+    said = number(_override(block, name, where) or block, GROUP_NAMES, where)
     size = group_size(reader.shape(full["scales"])[0], k, said, at)
     zero = gptq.zero_points(reader.tensor(full["qzeros"]), n, bits, version)
     scheme = QuantScheme(bits, size, sym=bool((zero == 1 << (bits - 1)).all()))

@@ -40,4 +40,4 @@ def _stored(reader: WeightReader, block: Mapping[str, Any], name: str, where: st
     def read() -> Affine:
         return mlx.unpack_affine(tensors_of(reader, full), n, k, scheme, name=f"{where}: {name}")
 
-    return affine_stored(name, (n, k), read, tuple(full.values()), inexact)
+    return affine_stored(name, (n, k), read, tuple(full.values()), inexact, where)

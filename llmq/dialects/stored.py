@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -97,18 +98,36 @@ def number(block: Mapping[str, Any], names: tuple[str, ...], where: str, known: 
     raise ValueError(f"{where}: quantization_config has none of {', '.join(names)}")
 
 
+def matches(pattern: str, name: str, where: str) -> bool:
+    """Whether a regex of a config names a module. ValueError for one that is none."""
+    try:
+        return re.match(pattern, name) is not None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{where}: {pattern[:80]!r} is no regular expression ({error}); config.json is damaged"
+        ) from None
+
+
+def check_words(reader: WeightReader, full: str, shape: tuple[int, ...], where: str) -> None:
+    """Raise ValueError unless a tensor of packed words has this shape."""
+    got, dtype = reader.shape(full), reader.dtype(full)
+    if got != shape or dtype not in (torch.int32, torch.uint32):
+        raise ValueError(f"{where}: {full} is {dtype} {got}; 32-bit words {shape} were expected")
+
+
 def tensors_of(reader: WeightReader, names: Mapping[str, str]) -> dict[str, Tensor]:
     """Tensors by local name, those of ``names`` (local -> full) that the files hold."""
     return {local: reader.tensor(full) for local, full in names.items() if full in reader}
 
 
 def affine_stored(
-    name: str, shape: tuple[int, int], read: Callable[[], Affine], tensors: tuple[str, ...], inexact: str
+    name: str, shape: tuple[int, int], read: Callable[[], Affine], tensors: tuple[str, ...], inexact: str, where: str
 ) -> Stored:
-    """The Stored of affine numbers, exact or, when ``inexact`` allows it, rounded; Inexact otherwise."""
+    """The Stored of affine numbers, exact or, when ``inexact`` allows it, rounded; else Inexact, naming ``where``."""
     affine = read()
+    at = f"{where}: {name}"
     try:
-        exact = to_qtensor(affine, name)
+        exact = to_qtensor(affine, at)
     except Inexact as reason:
         if inexact != "requantize":
             raise Inexact(f"{reason}. {WAY_OUT}") from None
@@ -116,7 +135,7 @@ def affine_stored(
         return Stored(name, *shape, scheme, lambda: _nearest(read())[0], note=note, tensors=tensors)
     scheme = exact.scheme
     del exact, affine
-    return Stored(name, *shape, scheme, lambda: to_qtensor(read(), name), tensors=tensors)
+    return Stored(name, *shape, scheme, lambda: to_qtensor(read(), at), tensors=tensors)
 
 
 WAY_OUT = "Ask for it with inexact='requantize' (--requantize) to round it, with a report, or take the original model"

@@ -67,7 +67,7 @@ def pack(t: QTensor) -> dict[str, Tensor]:
 
 def unpack(tensors: dict[str, Tensor], n: int, k: int, scheme: QuantScheme, *, name: str = "matrix") -> QTensor:
     """Inverse of :func:`pack`; errors as in :class:`llmq.formats.row.Format`."""
-    refuse(refusal(n, k, scheme))
+    refuse(refusal(n, k, scheme), name)
     require(tensors, layout(n, k, scheme), name, f"awq gemm {scheme}")
     q = _reorder(unpack_words(tensors["qweight"], BITS, n), _INVERSE).T.contiguous()
     zero = _reorder(unpack_words(tensors["qzeros"], BITS, n), _INVERSE).T
@@ -111,7 +111,7 @@ def pack_gemv(t: QTensor) -> dict[str, Tensor]:
 
 def unpack_gemv(tensors: dict[str, Tensor], n: int, k: int, scheme: QuantScheme, *, name: str = "matrix") -> QTensor:
     """Inverse of :func:`pack_gemv`; errors as in :class:`llmq.formats.row.Format`."""
-    refuse(refusal(n, k, scheme))
+    refuse(refusal(n, k, scheme), name)
     want = layout_gemv(n, k, scheme)
     require(tensors, want, name, f"awq gemv {scheme}")
     groups, fields = scheme.n_groups(k), want["scales"][0][1]

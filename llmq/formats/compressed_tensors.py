@@ -75,7 +75,7 @@ def unpack(
     tensors: dict[str, Tensor], n: int, k: int, scheme: QuantScheme, *, padded: bool = False, name: str = "matrix"
 ) -> QTensor:
     """Inverse of :func:`pack`; errors as in :class:`llmq.formats.row.Format`."""
-    refuse(refusal(n, k, scheme))
+    refuse(refusal(n, k, scheme), name)
     require(tensors, layout(n, k, scheme, padded=padded), name, f"compressed-tensors {scheme}")
     if tensors["weight_shape"].tolist() != [n, k]:
         raise ValueError(f"{name}: weight_shape is {tensors['weight_shape'].tolist()}, the matrix is {n} x {k}")
@@ -137,7 +137,7 @@ def pack_int8(t: QTensor) -> dict[str, Tensor]:
 
 def unpack_int8(tensors: dict[str, Tensor], n: int, k: int, scheme: QuantScheme, *, name: str = "matrix") -> QTensor:
     """Inverse of :func:`pack_int8`; errors as in :class:`llmq.formats.row.Format`."""
-    refuse(refusal_int8(n, k, scheme))
+    refuse(refusal_int8(n, k, scheme), name)
     require(tensors, layout_int8(n, k, scheme), name, f"int-quantized {scheme}")
     zero = None if scheme.sym else _unsigned(tensors["weight_zero_point"])
     return QTensor(_unsigned(tensors["weight"]), half_scales(tensors["weight_scale"], name), zero, scheme)

@@ -15,6 +15,8 @@ Source: ggml, ``ggml-common.h``, ``ggml-quants.c``.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -88,7 +90,7 @@ def pack(t: QTensor, *, rounded: bool = False) -> dict[str, Tensor]:
 
 def unpack(tensors: dict[str, Tensor], n: int, k: int, scheme: QuantScheme, *, name: str = "matrix") -> QTensor:
     """Inverse of :func:`pack`: a QTensor of ``scheme``; Inexact when the blocks of one of its groups differ."""
-    refuse(refusal(n, k, scheme))
+    refuse(refusal(n, k, scheme), name)
     require(tensors, layout(n, k, scheme), name, f"gguf {type_of(scheme)}")
     kind = type_of(scheme)
     assert kind is not None
@@ -150,6 +152,20 @@ def dequantize(data: Tensor, kind: str) -> Tensor:
     from gguf import GGMLQuantizationType, quants
 
     return torch.from_numpy(quants.dequantize(data.contiguous().numpy(), GGMLQuantizationType[kind]))
+
+
+@cache
+def readable(kind: str) -> bool:
+    """Whether :func:`dequantize` knows a type."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    if kind in ("F32", "F16"):
+        return True
+    try:
+        dequantize(torch.zeros(1, GGML_QUANT_SIZES[GGMLQuantizationType[kind]][1], dtype=torch.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def _repeated(per_group: Tensor, repeat: int, count: int) -> Tensor:

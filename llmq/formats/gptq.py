@@ -107,6 +107,8 @@ def column_order(g_idx: Tensor, scheme: QuantScheme, name: str) -> Tensor | None
         Inexact: groups that do not have ``group_size`` columns each (but for a shorter last one).
     """
     k = len(g_idx)
+    if g_idx.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name}: g_idx is {g_idx.dtype}; whole numbers were expected")
     groups, width = scheme.n_groups(k), scheme.group_width(k)
     if int(g_idx.min()) < 0 or int(g_idx.max()) >= groups:
         raise ValueError(

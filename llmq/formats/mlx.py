@@ -65,7 +65,7 @@ def unpack_affine(tensors: dict[str, Tensor], n: int, k: int, scheme: QuantSchem
 
 def unpack(tensors: dict[str, Tensor], n: int, k: int, scheme: QuantScheme, *, name: str = "matrix") -> QTensor:
     """Inverse of :func:`pack`; errors as in :class:`llmq.formats.row.Format`."""
-    refuse(refusal(n, k, scheme))
+    refuse(refusal(n, k, scheme), name)
     t = to_qtensor(unpack_affine(tensors, n, k, scheme, name=name), name)
     return with_symmetry(t, scheme, name)
 

@@ -44,10 +44,10 @@ def never(_n: int, _k: int, _scheme: QuantScheme) -> str | None:
     return None
 
 
-def refuse(reason: str | None) -> None:
-    """Raise Inexact for a reason."""
+def refuse(reason: str | None, name: str = "") -> None:
+    """Raise Inexact for a reason, naming the matrix if there is a name."""
     if reason is not None:
-        raise Inexact(reason)
+        raise Inexact(f"{name}: {reason}" if name else reason)
 
 
 def require(tensors: dict[str, Tensor], want: Layout, name: str, what: str) -> None:
@@ -76,7 +76,7 @@ def half_scales(scales: Tensor, name: str) -> Tensor:
         ValueError: a scale is NaN or infinite.
         Inexact: one that is not an fp16 number (float32 or bfloat16 files); names it.
     """
-    if not torch.isfinite(scales).all():
+    if not torch.isfinite(scales.float()).all():  # as float: 8-bit floats have no such function
         raise ValueError(f"{name}: a scale is not finite; the file is damaged")
     half = scales.half()
     bad = (half.float() != scales.float()).nonzero()

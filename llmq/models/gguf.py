@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from llmq.models.gguf_header import BadHeader, check_header
+
 SHARD_SIZE = "500MB"
 # Raised when an expansion would come out differently, so that folders cached by an older llmq are not used.
 EXPANSION = 1
@@ -35,7 +37,7 @@ def expand_gguf(path: Path, folder: Path) -> Path:
             read, or larger than the free disk space; each names the file.
     """
     path, folder = Path(path), Path(folder)
-    check_magic(path)
+    check_file(path)
     with one_reader():
         try:
             reader = _reader(path)
@@ -90,9 +92,18 @@ def check_magic(path: Path) -> None:
         raise ValueError(f"{path} begins with {magic!r}, a GGUF file with {b'GGUF'!r}: it is something else or damaged")
 
 
+def check_file(path: Path) -> None:
+    """As :func:`check_magic`, and ValueError for a header that the file contradicts. Comes before any parser."""
+    check_magic(path)
+    try:
+        check_header(Path(path))
+    except BadHeader as error:
+        raise damaged(Path(path), error) from error
+
+
 def open_reader(path: Path) -> Any:
     """A ``gguf.GGUFReader`` of the file. Raises FileNotFoundError or ValueError for what is no whole GGUF file."""
-    check_magic(path)
+    check_file(path)
     with one_reader():
         try:
             return _reader(path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -270,6 +270,14 @@ def empty_model(config: Any) -> nn.Module:
         raise ValueError(f"no causal LM can be made of this {config.model_type} config: {reason}") from error
     model.tie_weights()  # again: under init_empty_weights each name got a parameter of its own
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def check_depth(config: Mapping[str, Any], n_tensors: int, where: str) -> None:
+    """Raise ValueError for a config.json of more layers than tensors: its modules alone may fill the memory."""
+    text = config.get("text_config")
+    layers = (text if isinstance(text, dict) else config).get("num_hidden_layers")
+    if isinstance(layers, int) and layers > n_tensors:
+        raise ValueError(f"{where}: config.json says {layers} layers, the files hold {n_tensors} tensors: damaged")
 
 
 def embedding_names(model: Any, folder: Path) -> tuple[str, str]:

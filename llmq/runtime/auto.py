@@ -50,7 +50,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         name = pretrained_model_name_or_path
         if str(name).lower().endswith(".gguf") and Path(name).expanduser().is_file():
             kwargs.setdefault("dtype", torch.float32)
-            return super().from_pretrained(_expanded(Path(name).expanduser(), inexact), *args, **kwargs)
+            return super().from_pretrained(expanded(Path(name).expanduser(), inexact), *args, **kwargs)
         if "config" in kwargs or "gguf_file" in kwargs:
             return super().from_pretrained(name, *args, **kwargs)
         hub: dict[str, Any] = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
@@ -61,8 +61,8 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         return super().from_pretrained(name, *args, config=foreign_config(config, inexact), **kwargs)
 
 
-def _expanded(path: Path, inexact: str) -> Path:
-    """The llmq folder of a GGUF file, in the cache; the blocks it shares with llmq's grids are the file's own."""
+def expanded(path: Path, inexact: str) -> Path:
+    """The llmq folder of a GGUF file, in the cache, its integers the file's own; raises as ``convert`` does."""
     stat = path.stat()
     key = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns} {inexact} {FORMAT_VERSION} {CONVERSION}"
     folder = cache_folder() / "gguf" / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}-llmq"
