@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Unsupported layer type", "ignore:`is_gradient_checkpointing`"),
     # Warnings of the packages about themselves.
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore:.*pin_memory"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
 ]
 
 
@@ -53,7 +54,7 @@ def check_same(actual: list[torch.Tensor], expected: list[torch.Tensor], base: l
     "options",
     [
         {"r": 4, "lora_alpha": 6},
-        {"r": 3, "lora_alpha": 6, "use_rslora": True, "rank_pattern": {"q_proj": 5, r"layers\.1\..*": 2}},
+        {"r": 3, "lora_alpha": 6, "use_rslora": True, "rank_pattern": {"q_proj": 5, r"layers\.1\.mlp\..*": 2}},
         {"r": 4, "lora_alpha": 8, "alpha_pattern": {"mlp.up_proj": 3, "v_proj": 20}, "layers_to_transform": [0, 2]},
         {"r": 6, "target_modules": r".*\.mlp\.(gate|down)_proj"},
     ],
@@ -129,10 +130,9 @@ def test_trainer_trains_an_adapter_that_runs_natively(folders, dtype: torch.dtyp
     [
         ({"modules_to_save": ["lm_head"]}, "modules_to_save is"),
         ({"bias": "all"}, "bias is 'all'"),
-        ({"lora_bias": True}, "lora_bias is True"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices is"),
         ({"use_dora": True}, "use_dora is True"),
-        ({"target_modules": ["q_proj", "embed_tokens"]}, "lora_embedding_A is no lora_A.weight"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, r"embed_tokens.* is no lora_A.weight"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
     ],
     ids=lambda value: str(value)[:30],
@@ -149,6 +149,7 @@ def test_other_kinds_of_peft_are_refused(tiny_model, options: dict[str, Any], me
 
 def test_peft_layers_in_the_model_stay_with_transformers(folders, tmp_path: Path) -> None:  # noqa: F811
     model = load(folders("llama"))
+    llmq.set_activation_bits(model, 16)
     model.add_adapter(peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False), "mine")
     assert model.active_adapters() == ["mine"]
     ids = ids_of(9)[0][None]
@@ -160,6 +161,7 @@ def test_peft_layers_in_the_model_stay_with_transformers(folders, tmp_path: Path
     assert (adapted - plain).abs().max() > 0.1
     model.save_pretrained(tmp_path / "mine")
     other = load(folders("llama"))
+    llmq.set_activation_bits(other, 16)
     other.load_adapter(tmp_path / "mine")
     with torch.no_grad():
-        assert (other(input_ids=ids).logits - adapted).abs().max() <= 0.1  # int8 activations meet a tie at most
+        check_same([other(input_ids=ids).logits], [adapted], [plain])

@@ -30,12 +30,12 @@ from llmq.runtime.qlinear import QLinear
 
 # The others differ from these in norms and caps, which an adapter has nothing to do with.
 FAST = ("llama", "gemma3")
-# Every rule at once: ranks and alphas of their own by name and by regular expression, the first match counting.
+# Every rule at once: ranks and alphas of their own by name and by regular expression.
 MIXED: dict[str, Any] = {
     "r": 8,
     "lora_alpha": 12,
     "rank_pattern": {"q_proj": 1, r"layers\.1\.mlp\.(gate|up)_proj": 20, "down_proj": 3},
-    "alpha_pattern": {r"layers\.2\..*": 5, "self_attn.v_proj": 2},
+    "alpha_pattern": {r"layers\.2\.mlp\..*": 5, "self_attn.v_proj": 2},
 }
 
 
@@ -44,7 +44,7 @@ def scale_of(name: str, config: dict[str, Any]) -> float:
     rank = 1 if "q_proj" in name else 3 if "down_proj" in name else 8
     if "layers.1.mlp.gate" in name or "layers.1.mlp.up" in name:
         rank = 20
-    alpha = 5 if "layers.2." in name else 2 if "v_proj" in name else config["lora_alpha"]
+    alpha = 5 if "layers.2.mlp" in name else 2 if "v_proj" in name else config["lora_alpha"]
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
@@ -299,6 +299,7 @@ MODULE = NAME.removesuffix(".lora_A.weight")
         ({"told": {"r": 0}}, r"gives it rank 0"),
         ({"lora_alpha": "8"}, r"lora_alpha of .* is '8'; expected a number"),
         ({"told": {"rank_pattern": {"(": 8}}}, r"rank_pattern is \{'\(': 8\}"),
+        ({"alpha_pattern": {"q_proj": 3, ".*attn.*": 4}}, r"alpha_pattern gives .*layers.0.self_attn.q_proj 3 and 4"),
         ({"alpha_pattern": [8]}, r"alpha_pattern is \[8\]"),
         ({"tensors": {NAME: None}}, r"q_proj has lora_B only; A and B belong together"),
         ({"tensors": {NAME: torch.full((8, 80), math.nan)}}, r"lora_A.weight holds NaN or infinity"),

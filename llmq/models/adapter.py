@@ -167,28 +167,38 @@ def _parts(tensors: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tensor
 
 def _matrices(name: str, pair: dict[str, Tensor], config: dict[str, Any], path: Path) -> LoraMatrices:
     a, b = pair["A"], pair["B"]
-    rank, alpha = (
-        _of_module(config, pattern, default, name, path)
-        for pattern, default in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+    ranks, alphas = (
+        _of_module(config, key, name, path) for key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     )
-    if not a.shape[0] == b.shape[1] == rank > 0:
+    rank = a.shape[0]
+    if not (rank == b.shape[1] > 0 and rank in ranks):
         raise ValueError(
-            f"{path}: {name} has A {tuple(a.shape)} and B {tuple(b.shape)}; {CONFIG_NAME} gives it rank {rank}: A must "
-            "have that many rows, B as many columns"
+            f"{path}: {name} has A {tuple(a.shape)} and B {tuple(b.shape)}; {CONFIG_NAME} gives it rank "
+            f"{' or '.join(map(str, ranks))}: A must have that many rows, B as many columns"
+        )
+    if len(alphas) > 1:
+        raise ValueError(
+            f"{path.parent / CONFIG_NAME}: alpha_pattern gives {name} {' and '.join(map(str, alphas))}; peft takes the first "
+            "but writes patterns in another order than they were given in: name each module by one pattern"
         )
     dtype = torch.promote_types(a.dtype, b.dtype)
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    scale = alphas[0] / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return LoraMatrices(a.to(dtype).contiguous(), b.to(dtype).T.contiguous(), scale)
 
 
-def _of_module(config: dict[str, Any], pattern: str, default: str, name: str, path: Path) -> float:
-    """peft's rule (get_pattern_key): the first key that is the end of the name, as a regular expression."""
-    patterns = config.get(pattern) or {}
-    value = config.get(default)
+def _of_module(config: dict[str, Any], keys: tuple[str, str], name: str, path: Path) -> list[float]:
+    """What a pattern or, where none matches, its default says of a module: the distinct values, usually one.
+
+    A pattern is a regular expression for the end of the name (get_pattern_key in peft).
+    """
+    pattern, default = keys
+    found = config.get(pattern) or {}
     try:
-        value = next((v for key, v in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", name)), value)
-    except (re.error, AttributeError, TypeError) as error:
-        raise ValueError(f"{path.parent / CONFIG_NAME}: {pattern} is {_short(patterns)}: {error}") from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"{path.parent / CONFIG_NAME}: {default} of {name} is {_short(value)}; expected a number")
-    return value
+        values = [v for key, v in found.items() if re.fullmatch(rf"(.*\.)?({key})", name)]
+    except (re.error, AttributeError) as error:
+        raise ValueError(f"{path.parent / CONFIG_NAME}: {pattern} is {_short(found)}: {error}") from None
+    values = values or [config.get(default)]
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{path.parent / CONFIG_NAME}: {default} of {name} is {_short(value)}; expected a number")
+    return list(dict.fromkeys(values))
