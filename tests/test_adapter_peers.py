@@ -79,6 +79,9 @@ def test_folders_of_peft_mean_what_peft_computes(folders, options: dict[str, Any
     plain = peft.PeftModel.from_pretrained(dequantized(load(source), source), tmp_path / "adapter").merge_and_unload()
     check_same(natively(model, rows), [graph_logits(plain, r) for r in rows], base)
     check_same(natively(adopt(plain), rows), expected, base)
+    opened = llmq.AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")  # transformers finds the base
+    assert opened.active_adapters() == ["default"]
+    assert native_decoder(opened).adapter == native_decoder(model).adapter
     with pytest.raises(ValueError, match=r"cannot be merged into a quantized linear.*load_adapter"):
         wrapped.merge_and_unload()
 

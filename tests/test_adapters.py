@@ -19,6 +19,7 @@ from adapter_cases import linears, pair, write_adapter
 from kernel_cases import COMPILED, core, isa, seeded, threads  # noqa: F401 - fixtures
 from test_native import NATIVE, TIMES_ROUNDING, dequantized, folders, graph_logits, ids_of, load  # noqa: F401
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmq
 from llmq import kernels, set_activation_bits
@@ -129,6 +130,30 @@ def test_models_that_are_not_quantized_take_adapters_too(tiny_model, tmp_path: P
     model = llmq.runtime.causal_lm.adopt(load(tiny_model("qwen2", blocks=3)))
     folder = write_adapter(tmp_path / "a", linears(model), **MIXED)
     check_against_merged(model, copy.deepcopy(model), folder, MIXED, tmp_path)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("count", [1, 2])
+def test_matrices_and_texts_that_are_cut_into_tasks(count: int, tmp_path: Path) -> None:
+    """Three tasks of rows of gate and up, the last of them ragged, and three of tokens."""
+    config = LlamaConfig(
+        **{"hidden_size": 40, "intermediate_size": 300, "num_hidden_layers": 2, "vocab_size": 400},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512},
+    )
+    torch.manual_seed(0)
+    plain = LlamaForCausalLM(config).eval()
+    model = llmq.runtime.causal_lm.adopt(copy.deepcopy(plain))
+    folder = write_adapter(tmp_path / "a", linears(model), r=5, lora_alpha=10, size=0.1)
+    model.load_adapter(folder)
+    exact = merged(plain, folder, lambda _: 2.0)
+    [row] = ids_of(450)
+    expected = graph_logits(exact, row)
+    limit = TIMES_ROUNDING * float((graph_logits(copy.deepcopy(exact).float(), row) - expected).abs().max())
+    kernels.set_num_threads(count)
+    decoder = NativeDecoder.of(model)
+    actual = decoder.forward([row], [decoder.new_sequence()], output="all")
+    assert (actual - expected).abs().max() <= limit
+    assert (graph_logits(merged(plain, folder, lambda _: 2.02), row) - expected).abs().max() > 5 * limit
 
 
 @pytest.mark.parametrize("targets", [("q_proj",), ("k_proj", "down_proj"), ("up_proj",), ("gate_proj", "o_proj")])

@@ -178,8 +178,8 @@ def _matrices(name: str, pair: dict[str, Tensor], config: dict[str, Any], path: 
         )
     if len(alphas) > 1:
         raise ValueError(
-            f"{path.parent / CONFIG_NAME}: alpha_pattern gives {name} {' and '.join(map(str, alphas))}; peft takes the first "
-            "but writes patterns in another order than they were given in: name each module by one pattern"
+            f"{path.parent / CONFIG_NAME}: alpha_pattern gives {name} {' and '.join(map(str, alphas))}; peft takes the "
+            "first, but writes patterns in another order than they were given in: name each module by one pattern"
         )
     dtype = torch.promote_types(a.dtype, b.dtype)
     scale = alphas[0] / (math.sqrt(rank) if config.get("use_rslora") else rank)
