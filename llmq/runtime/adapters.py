@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
@@ -22,7 +21,7 @@ from llmq.runtime.qlinear import QLinear
 LOADED, ACTIVE, DISABLED = "llmq_adapters", "llmq_active_adapter", "llmq_adapters_disabled"
 # Arguments of transformers' load_adapter that say where the files are, and those that ask for nothing here.
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
-IGNORED_OPTIONS = ("load_config", "low_cpu_mem_usage", "device_map")
+IGNORED_OPTIONS = ("adapter_kwargs", "load_config", "low_cpu_mem_usage", "device_map")
 
 
 class LowRank:
@@ -56,7 +55,9 @@ class AdapterMethods:
     peft's own layers in the model (``add_adapter``, ``get_peft_model``) stay with transformers and peft.
     """
 
-    def load_adapter(self, peft_model_id: str | Path, adapter_name: str | None = None, **options: Any) -> Any:
+    def load_adapter(
+        self, peft_model_id: str | Path | None = None, adapter_name: str | None = None, **options: Any
+    ) -> Any:
         """Load a LoRA adapter that peft has saved, and use it. peft need not be installed.
 
         Args:
@@ -70,11 +71,12 @@ class AdapterMethods:
             ValueError: the name is taken; an adapter of another kind than LoRA on linears of the blocks; one of another
                 model. The model is as before then.
         """
-        hub = {key: options.pop(key) for key in HUB_OPTIONS if options.get(key) is not None}
-        hub |= {key: v for key, v in (options.pop("adapter_kwargs", None) or {}).items() if key in HUB_OPTIONS}
-        theirs = {k: v for k, v in options.items() if k not in IGNORED_OPTIONS and v is not None and v is not False}
-        if theirs.pop("hotswap", "auto") != "auto" or theirs or getattr(self, "_hf_peft_config_loaded", False):
-            return super().load_adapter(str(peft_model_id), adapter_name, **hub, **options)  # type: ignore[misc]
+        where = {**options, **(options.get("adapter_kwargs") or {})}
+        hub = {key: where[key] for key in HUB_OPTIONS if where.get(key) is not None}
+        others = {k: v for k, v in options.items() if k not in HUB_OPTIONS + IGNORED_OPTIONS}
+        asked = [k for k, v in others.items() if v is not None and v is not False and (k, v) != ("hotswap", "auto")]
+        if peft_model_id is None or asked or getattr(self, "_hf_peft_config_loaded", False):
+            return super().load_adapter(peft_model_id, adapter_name, **options)  # type: ignore[misc]
         name, loaded = adapter_name or "default", _loaded(self)
         if name in loaded:
             raise ValueError(f"there is an adapter {name!r} already; give another adapter_name, or delete_adapter it")
@@ -176,6 +178,5 @@ def _use(model: Any, name: str | None, *, disabled: bool = False) -> None:
         return
     adapter = _loaded(model)[name]
     digest = adapter.digest
-    with torch.no_grad():
-        for path, matrices in adapter.matrices.items():
-            model.get_submodule(path).register_forward_hook(LowRank(matrices, digest))
+    for path, matrices in adapter.matrices.items():
+        model.get_submodule(path).register_forward_hook(LowRank(matrices, digest))
