@@ -144,6 +144,20 @@ PYBIND11_MODULE(_core, m) {
       "hadamard", [](Address x, std::int64_t n) { current_table().hadamard(at<float>(x), n); }, py::kw_only(), "x"_a,
       "n"_a);
   m.def(
+      "add_low_rank",
+      [](Address b, std::int64_t n, std::int64_t rank, int type, Address low, std::int64_t m, float scale,
+         Address out) {
+        const LowRankSum job{.b = at<const void>(b),
+                             .rank = rank,
+                             .stride = n,
+                             .low = at<const float>(low),
+                             .scale = scale,
+                             .out = at<float>(out),
+                             .out_stride = n};
+        current_table().add_low_rank[static_cast<DenseType>(type)](job, {0, n}, {0, m});
+      },
+      py::kw_only(), "b"_a, "n"_a, "rank"_a, "type"_a, "low"_a, "m"_a, "scale"_a, "out"_a);
+  m.def(
       "block_max",
       [](Address x, std::int64_t n, Address out) { current_table().block_max(at<const float>(x), n, at<float>(out)); },
       py::kw_only(), "x"_a, "n"_a, "out"_a);

@@ -28,7 +28,18 @@ void bind_matrix(py::module_& m) {
           [](Address data, std::int64_t n, std::int64_t k, int type, Address bias) {
             return Matrix::of_dense(at<const void>(data), n, k, static_cast<DenseType>(type), at<const float>(bias));
           },
-          py::kw_only(), "data"_a, "n"_a, "k"_a, "type"_a, "bias"_a, "type: 0 bf16, 1 f16, 2 f32");
+          py::kw_only(), "data"_a, "n"_a, "k"_a, "type"_a, "bias"_a, "type: 0 bf16, 1 f16, 2 f32")
+      .def(
+          "adapt",
+          [](Matrix& w, Address a, Address b, std::int64_t rank, int type, float scale) {
+            w.adapter = {.a = at<const void>(a),
+                         .b = at<const void>(b),
+                         .type = static_cast<DenseType>(type),
+                         .rank = rank,
+                         .stride = w.n,
+                         .scale = scale};
+          },
+          py::kw_only(), "a"_a, "b"_a, "rank"_a, "type"_a, "scale"_a, "a [rank, k], b [rank, n]; type as of dense");
 }
 
 // A pointer to floats that Python sets as an address.

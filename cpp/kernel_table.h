@@ -146,6 +146,16 @@ struct FloatGemm {
   std::int64_t out_stride;
 };
 
+// out[t * out_stride + c] += scale * (sum over j, ascending, of low[t * rank + j] * b[j * stride + c]), in float.
+struct LowRankSum {
+  const void* b;  // [rank, stride], of the type that the slot says
+  std::int64_t rank, stride;
+  const float* low;  // f32[m, rank]
+  float scale;
+  float* out;  // f32[m, out_stride]
+  std::int64_t out_stride;
+};
+
 // Logits that the sampler looks at together.
 constexpr int kLogitBlock = 256;
 
@@ -175,6 +185,10 @@ struct KernelTable {
   void (*fgemm_dense[kDenseTypes])(const FloatGemm& job, Range rows, Range tokens);
   void (*fgemm_row)(const FloatGemm& job, const float* weights, std::int64_t row, Range tokens);
   void (*take_dense[kDenseTypes])(const void* dense, std::int64_t k, std::int64_t row, float* out);
+
+  // An adapter's share of a product (LoRA). `columns` begins at a multiple of kPanelRows and ends at one or at the last
+  // column, so that a column has the same bits wherever it is cut.
+  void (*add_low_rank[kDenseTypes])(const LowRankSum& job, Range columns, Range tokens);
 
   // out f32[n] = x / sqrt(mean(x^2) + eps) * weight
   void (*rms_norm)(const float* x, const float* weight, float eps, std::int64_t n, float* out);

@@ -22,6 +22,7 @@ from llmq.runtime.causal_lm import set_kv_cache
 from llmq.runtime.foreign import patch_transformers
 from llmq.runtime.foreign import register as _register_foreign
 from llmq.runtime.hf import register as _register
+from llmq.runtime.peft_layers import patch_peft
 from llmq.runtime.prompt_cache import load_prompt_cache, save_prompt_cache
 from llmq.runtime.qlinear import QEmbedding, QLinear, set_activation_bits
 from llmq.runtime.quantized_cache import QuantizedKVCache
@@ -48,6 +49,7 @@ __all__ = [
     "QuantizedKVCache",
     "StatsConfig",
     "load_prompt_cache",
+    "patch_peft",
     "patch_transformers",
     "quantize_model",
     "save_prompt_cache",

@@ -153,7 +153,7 @@ def changed(path: Path, out: Path, metadata: dict[str, str], tensors: dict[str, 
     ("metadata", "tensors", "message"),
     [
         ({"format": "x"}, {}, "it is no prompt cache of llmq"),
-        ({"version": "2"}, {}, "its version is 2 instead of 1: another version of llmq wrote it"),
+        ({"version": "1"}, {}, "its version is 1 instead of 2: another version of llmq wrote it"),
         ({"kv_layout": "0"}, {}, "its kv_layout is 0 instead of .* with other pages; make it anew"),
         ({"byteorder": "middle"}, {}, "another byte order"),
         ({}, {"pages.0.0": None}, "truncated or damaged"),

@@ -62,6 +62,7 @@ struct Decoder::Workspace {
   std::vector<float> qkv;      // [rows, (heads + 2 kv_heads) * head_dim]
   std::vector<float> product;  // [rows, hidden]: what a block half adds to the stream
   std::vector<float> angles;   // [ropes][rows][2][head_dim / 2]: cos, sin
+  std::vector<float> low;      // A x of the adapters of gate and up
   InputBuffer normed, attended, activated;
 };
 
@@ -303,6 +304,9 @@ void Decoder::feed_forward(const KernelTable& table, const Chunk& chunk, std::in
   const Inputs& mid = work.activated.prepare(n, width, {&l.down}, floats);
   const std::int64_t tokens = token_block(n, h + 2 * 4 * kFfnRows), token_blocks = ceil_div(n, tokens);
   const std::int64_t row_blocks = ceil_div(width, kFfnRows);
+  std::vector<Product> halves{{&l.gate, nullptr, kFfnRows}, {&l.up, nullptr, kFfnRows}};
+  low_products(table, in, halves, work.low);
+  const bool keep_floats = mid.count == 0 || l.down.adapter.rank > 0;
   parallel_for(row_blocks * token_blocks, [&](std::int64_t c) noexcept {
     static thread_local std::vector<float> gate, up;
     const std::int64_t first = c % row_blocks * kFfnRows, rows = std::min(kFfnRows, width - first);
@@ -312,12 +316,14 @@ void Decoder::feed_forward(const KernelTable& table, const Chunk& chunk, std::in
     const Matrix gate_part = l.gate.slice(first, rows), up_part = l.up.slice(first, rows);
     const Inputs part = in.slice(t0, count);
     const Range panels{0, ceil_div(rows, kPanelRows)};
-    multiply_panels(table, part, {&gate_part, gate.data(), kFfnRows}, panels, {0, count}, floats);
-    multiply_panels(table, part, {&up_part, up.data(), kFfnRows}, panels, {0, count}, floats);
+    const Product gate_job{&gate_part, gate.data(), kFfnRows, halves[0].low_from(t0)};
+    const Product up_job{&up_part, up.data(), kFfnRows, halves[1].low_from(t0)};
+    multiply_panels(table, part, gate_job, panels, {0, count}, floats);
+    multiply_panels(table, part, up_job, panels, {0, count}, floats);
     for (std::int64_t t = 0; t < count; ++t) {
       float* y = gate.data() + t * kFfnRows;
       table.gated[spec_.activation](y, up.data() + t * kFfnRows, rows, y);
-      if (mid.count == 0) std::copy_n(y, rows, work.activated.row(t0 + t) + first);
+      if (keep_floats) std::copy_n(y, rows, work.activated.row(t0 + t) + first);
       for (int i = 0; i < mid.count; ++i) {
         const QuantizedRows& q = mid.quantized[i];
         for (std::int64_t column = 0; column < rows; column += mid.width[i]) {

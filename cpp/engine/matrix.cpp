@@ -20,6 +20,41 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 
 std::int64_t panels_of(const Matrix& w) { return ceil_div(w.n, kPanelRows); }
 
+std::int64_t bytes_of(DenseType type) { return type == kFloat ? 4 : 2; }
+
+const void* at(const void* data, std::int64_t bytes) { return static_cast<const std::uint8_t*>(data) + bytes; }
+
+Range rows_of(const Matrix& w, Range panels) {
+  return {panels.begin * kPanelRows, std::min(w.n, panels.end * kPanelRows)};
+}
+
+// The product without an adapter.
+void multiply_own(const KernelTable& table, const Inputs& in, const Product& product, Range panels, Range tokens,
+                  bool float_activations) {
+  const Matrix& w = *product.w;
+  if (w.quantized() && !float_activations) {
+    const Qgemm job{
+        .w = w.packed, .x = in.rows_for(w), .bias = w.bias, .out = product.out, .out_stride = product.stride};
+    table.qgemm[slot_of(w.bits)](job, panels, tokens);
+    return;
+  }
+  const Range rows = rows_of(w, panels);
+  const FloatGemm job{.dense = w.dense,
+                      .k = w.k,
+                      .x = in.x,
+                      .x_stride = in.k,
+                      .bias = w.bias,
+                      .out = product.out,
+                      .out_stride = product.stride};
+  if (!w.quantized()) return table.fgemm_dense[w.type](job, rows, tokens);
+  static thread_local std::vector<float> row;
+  row.resize(static_cast<std::size_t>(w.k));
+  for (std::int64_t r = rows.begin; r < rows.end; ++r) {
+    take_row(table, w, r, row.data());
+    table.fgemm_row(job, row.data(), r, tokens);
+  }
+}
+
 }  // namespace
 
 std::int64_t token_block(std::int64_t m, std::int64_t bytes_a_token) {
@@ -35,8 +70,9 @@ Matrix Matrix::slice(std::int64_t first, std::int64_t rows) const {
     part.packed.panels += first / kPanelRows * packed.panel_stride;
     part.packed.n = rows;
   } else {
-    part.dense = static_cast<const std::uint8_t*>(dense) + first * k * (type == kFloat ? 4 : 2);
+    part.dense = at(dense, first * k * bytes_of(type));
   }
+  if (adapter.rank > 0) part.adapter.b = at(adapter.b, first * bytes_of(adapter.type));
   return part;
 }
 
@@ -69,32 +105,43 @@ void take_row(const KernelTable& table, const Matrix& w, std::int64_t row, float
 
 void multiply_panels(const KernelTable& table, const Inputs& in, const Product& product, Range panels, Range tokens,
                      bool float_activations) {
-  const Matrix& w = *product.w;
-  if (w.quantized() && !float_activations) {
-    const Qgemm job{
-        .w = w.packed, .x = in.rows_for(w), .bias = w.bias, .out = product.out, .out_stride = product.stride};
-    table.qgemm[slot_of(w.bits)](job, panels, tokens);
-    return;
-  }
-  const Range rows{panels.begin * kPanelRows, std::min(w.n, panels.end * kPanelRows)};
-  const FloatGemm job{.dense = w.dense,
-                      .k = w.k,
-                      .x = in.x,
-                      .x_stride = in.k,
-                      .bias = w.bias,
-                      .out = product.out,
-                      .out_stride = product.stride};
-  if (!w.quantized()) return table.fgemm_dense[w.type](job, rows, tokens);
-  static thread_local std::vector<float> row;
-  row.resize(static_cast<std::size_t>(w.k));
-  for (std::int64_t r = rows.begin; r < rows.end; ++r) {
-    take_row(table, w, r, row.data());
-    table.fgemm_row(job, row.data(), r, tokens);
-  }
+  multiply_own(table, in, product, panels, tokens, float_activations);
+  if (!product.low) return;
+  const Adapter& adapter = product.w->adapter;
+  const LowRankSum job{.b = adapter.b,
+                       .rank = adapter.rank,
+                       .stride = adapter.stride,
+                       .low = product.low,
+                       .scale = adapter.scale,
+                       .out = product.out,
+                       .out_stride = product.stride};
+  table.add_low_rank[adapter.type](job, rows_of(*product.w, panels), tokens);
 }
 
-void multiply(const KernelTable& table, const Inputs& in, const std::vector<Product>& products,
-              bool float_activations) {
+void low_products(const KernelTable& table, const Inputs& in, std::vector<Product>& products,
+                  std::vector<float>& memory) {
+  std::int64_t ranks = 0;
+  for (const Product& p : products) ranks += p.w->adapter.rank;
+  if (ranks == 0) return;
+  memory.resize(std::max(memory.size(), static_cast<std::size_t>(in.m * ranks)));
+  std::vector<Matrix> a;
+  a.reserve(products.size());
+  std::vector<Product> jobs;
+  float* out = memory.data();
+  for (Product& p : products) {
+    const Adapter& adapter = p.w->adapter;
+    if (adapter.rank == 0) continue;
+    a.push_back(Matrix::of_dense(adapter.a, adapter.rank, in.k, adapter.type, nullptr));
+    jobs.push_back({&a.back(), out, adapter.rank});
+    p.low = out;
+    out += in.m * adapter.rank;
+  }
+  multiply(table, in, std::move(jobs), true);
+}
+
+void multiply(const KernelTable& table, const Inputs& in, std::vector<Product> products, bool float_activations) {
+  static thread_local std::vector<float> memory;  // read by other threads through the products, not by name
+  low_products(table, in, products, memory);
   std::int64_t panels = 0, work = 0;
   for (const Product& p : products) {
     panels += panels_of(*p.w);

@@ -10,6 +10,15 @@
 
 namespace llmq {
 
+// What is added to a matrix's product: scale * B (A x), LoRA's (arXiv 2106.09685, section 4.1).
+struct Adapter {
+  const void* a = nullptr;  // [rank, k]
+  const void* b = nullptr;  // [rank, stride]: B's columns, the matrix's n of them or more
+  DenseType type = kFloat;
+  std::int64_t rank = 0, stride = 0;  // rank 0: none
+  float scale = 0.0f;
+};
+
 struct Matrix {
   std::int64_t n = 0, k = 0;
   int bits = 0;         // of a packed matrix's codes; 0: dense
@@ -17,6 +26,7 @@ struct Matrix {
   const void* dense = nullptr;
   DenseType type = kFloat;
   const float* bias = nullptr;  // f32[n] or null
+  Adapter adapter;
 
   bool quantized() const { return bits > 0; }
 
@@ -55,13 +65,22 @@ struct Product {
   const Matrix* w;
   float* out;
   std::int64_t stride;
+  const float* low = nullptr;  // f32[m, rank]: A x of the matrix's adapter, see low_products
+
+  // The same for the tokens from `first` on, without the output.
+  const float* low_from(std::int64_t first) const { return low ? low + first * w->adapter.rank : nullptr; }
 };
 
-// All products of the same inputs, shared out to the threads together. With float_activations the int8 rows are not
-// used.
-void multiply(const KernelTable& table, const Inputs& in, const std::vector<Product>& products, bool float_activations);
+// All products of the same inputs, adapters included, shared out to the threads together. With float_activations the
+// int8 rows are not used.
+void multiply(const KernelTable& table, const Inputs& in, std::vector<Product> products, bool float_activations);
 
-// Rows begin .. end - 1 (panels of 16 rows) of W x for the tokens given, in the calling thread.
+// A x of every matrix with an adapter, into `memory`; `low` of its product then points there. The inputs are floats.
+void low_products(const KernelTable& table, const Inputs& in, std::vector<Product>& products,
+                  std::vector<float>& memory);
+
+// Rows begin .. end - 1 (panels of 16 rows) of W x for the tokens given, in the calling thread;
+// where `low` is set, the adapter's share besides.
 void multiply_panels(const KernelTable& table, const Inputs& in, const Product& product, Range panels, Range tokens,
                      bool float_activations);
 

@@ -1,7 +1,7 @@
 """The kernels' operations in plain torch: the oracle of the compiled ones, and a backend (``LLMQ_ISA=reference``).
 
-The compiled kernels give the same bits as these functions: integer sums are exact in both, and every float operation is
-rounded on its own, in the same order.
+The compiled kernels give the same bits as these functions (but for add_low_rank): integer sums are exact in both, and
+every float operation is rounded on its own, in the same order.
 """
 
 from __future__ import annotations
@@ -78,6 +78,19 @@ def _qgemm_int8(x: Tensor, t: QTensor) -> Tensor:
         dots = q[:, a : a + group].float() @ codes.T
         out += dots * (t.scale[:, a // width].float() * scale[:, i, None])
     return out
+
+
+def add_low_rank(out: Tensor, low: Tensor, bt: Tensor, scale: float) -> Tensor:
+    """What an adapter adds to a product (LoRA, arXiv 2106.09685, section 4.1): ``out + scale * low @ bt``.
+
+    Sums in fp32, whose order differs between kernel sets.
+
+    Args:
+        out: f32[M, N].
+        low: f32[M, rank], A x.
+        bt: [rank, N] of bf16, f16 or f32: B transposed.
+    """
+    return out + scale * (low @ bt.to(low.dtype))
 
 
 def take_rows(t: QTensor, ids: Tensor) -> Tensor:

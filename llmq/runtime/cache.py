@@ -53,8 +53,9 @@ class NativeCache(Cache):
             raise ValueError(f"the batch has {rows} rows, past_key_values holds {len(self.sequences)}")
         if self.made_by != decoder.fingerprint:
             raise ValueError(
-                f"past_key_values holds {self.get_seq_length()} columns that a model with other weights has computed "
-                f"(fingerprints {self.made_by[:8]} and {decoder.fingerprint[:8]}); start with a new cache"
+                f"past_key_values holds {self.get_seq_length()} columns that a model with other weights or another "
+                f"adapter has computed (fingerprints {self.made_by[:8]} and {decoder.fingerprint[:8]}); start with a "
+                "new cache"
             )
 
     def extend(self, shown: Tensor) -> None:

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llmq import kernels
 from llmq.config import KVCacheConfig
 from llmq.runtime import generation
+from llmq.runtime.adapters import AdapterMethods, LowRank
 from llmq.runtime.cache import NativeCache, check_positions, shown_columns
 from llmq.runtime.native import NativeDecoder, Unsupported
 from llmq.runtime.options import quantized_cache, say_once
@@ -79,8 +80,9 @@ def _check_untouched(model: nn.Module) -> None:
 
 
 def _listens(module: nn.Module) -> bool:
-    """Whether there is a hook besides those that transformers leaves behind to collect outputs when it is asked to."""
+    """Whether there is a hook besides our adapters and those that transformers leaves behind to collect outputs."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    hooks = [hook for hook in hooks if not isinstance(hook, LowRank)]
     return any(not getattr(hook, "__module__", "").startswith("transformers.utils.") for hook in hooks)
 
 
@@ -103,7 +105,7 @@ def kv_config(model: Any) -> KVCacheConfig | None:
     return told if told is not None or stored is None else KVCacheConfig.of(str(stored))
 
 
-class NativeCausalLM:
+class NativeCausalLM(AdapterMethods):
     """The part that comes before the Hugging Face class: see :func:`adopt`."""
 
     def _decoder(self) -> NativeDecoder:
@@ -314,7 +316,7 @@ def _without_native_cache(model: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 def graph_class(model: object) -> type[Any]:
     """The Hugging Face class of ``model``, whose forward and generate are transformers' own."""
-    return next(c for c in type(model).__mro__ if not issubclass(c, NativeCausalLM))
+    return next(c for c in type(model).__mro__ if not issubclass(c, AdapterMethods))
 
 
 def _empty(base: Any) -> Any:

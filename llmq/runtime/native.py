@@ -19,6 +19,7 @@ from llmq import kernels
 from llmq.config import KVCacheConfig, one_of
 from llmq.models.families import FAMILIES, family_of
 from llmq.qtensor import QTensor
+from llmq.runtime.adapters import LowRank, adapter_of
 from llmq.runtime.qlinear import QEmbedding, QLinear, QuantizedMatrix, TiedHead
 from llmq.runtime.sequence import Sequence
 
@@ -56,6 +57,7 @@ class NativeDecoder:
         vocab_size, hidden_size: of the model.
         max_positions: tokens of context, prompt included.
         n_layers: decoder blocks, each with keys and values of its own.
+        adapter: digest of the LoRA adapter in use, or ``none``.
         activation_bits: 8, or 16 for float activations and a float cache (slow, for checking).
     """
 
@@ -65,13 +67,14 @@ class NativeDecoder:
         self._kept = parts.kept
         self._modules = parts.modules
         self._packed = [_packed(m) for m in parts.modules]
+        self._adapters, self.adapter = parts.adapters, parts.adapter
         self.vocab_size, self.hidden_size = parts.vocab_size, parts.hidden_size
         self.max_positions, self.activation_bits = parts.max_positions, parts.activation_bits
         self.n_layers = len(parts.decoder.layers)
 
     @classmethod
     def of(cls, model: nn.Module) -> NativeDecoder:
-        """The decoder of ``model``: made at the first call, and again when its linears have changed.
+        """The decoder of ``model``: made at the first call, and again when its linears or adapter have changed.
 
         Raises Unsupported saying what stands in the way.
         """
@@ -84,13 +87,14 @@ class NativeDecoder:
 
     def _is_current(self, model: nn.Module) -> bool:
         return self._modules == _matrix_modules(model) and all(
-            _packed(m) is p for m, p in zip(self._modules, self._packed, strict=True)
+            _packed(m) is p and adapter_of(m) is a
+            for m, p, a in zip(self._modules, self._packed, self._adapters, strict=True)
         )
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the beginnings of all weights: tells models apart that differ in nothing else."""
-        found = hashlib.sha256()
+        """SHA-256 of an adapter and the beginnings of all weights: tells models apart that differ in nothing else."""
+        found = hashlib.sha256(b"" if self.adapter == "none" else self.adapter.encode())
         for t in self._kept:
             found.update(f"{t.dtype} {tuple(t.shape)} ".encode())
             found.update(t.reshape(-1)[:FINGERPRINT_NUMBERS].view(torch.uint8).numpy().data)
@@ -218,6 +222,10 @@ class _Parts:
         self.kept: list[Tensor] = []
         self._dense_at: dict[int, Tensor] = {}
         self.modules = _matrix_modules(model)
+        # Of each module; they stay alive with the decoder, which holds the addresses of their numbers.
+        self.adapters = [adapter_of(m) for m in self.modules]
+        self.adapter = next((a.digest for a in self.adapters if a), "none")
+        self._adapted: set[LowRank] = set()
         self.activation_bits = _activation_bits(self.modules)
         self.decoder: Any = model.get_submodule(family.decoder)
         self.vocab_size, self.hidden_size = int(config.vocab_size), int(config.hidden_size)
@@ -244,6 +252,9 @@ class _Parts:
         ropes: dict[str, int] = {}
         spec.layers = [self._layer(block, i, ropes) for i, block in enumerate(blocks)]
         spec.ropes = [self._rope(kind) for kind in ropes]
+        for module, adapter in zip(self.modules, self.adapters, strict=True):
+            if adapter and adapter not in self._adapted:
+                raise Unsupported(f"a {type(module).__name__} outside the blocks has an adapter")
         return spec
 
     def _activation(self) -> int:
@@ -255,7 +266,7 @@ class _Parts:
     def _layer(self, block: nn.Module, index: int, ropes: dict[str, int]) -> Any:
         layer = core().DecoderLayer()
         for field, path in LINEARS.items():
-            setattr(layer, field, self._matrix(block.get_submodule(path)))
+            setattr(layer, field, self._linear(block.get_submodule(path)))
         for field in NORMS:
             path = getattr(self.names, field)
             setattr(layer, field, 0 if path is None else self._norm(block.get_submodule(path)))
@@ -293,6 +304,15 @@ class _Parts:
             return self._matrix(module), float(module.get_buffer("output_scale"))
         scale = getattr(module, "embed_scale", 1.0)
         return self._matrix(module), float(scale)
+
+    def _linear(self, module: nn.Module) -> Any:
+        """A matrix of a block, with its adapter."""
+        made, adapter = self._matrix(module), adapter_of(module)
+        if adapter is not None:
+            m = adapter.matrices
+            made.adapt(a=m.a.data_ptr(), b=m.bt.data_ptr(), rank=m.rank, type=DENSE_TYPES[m.a.dtype], scale=m.scale)
+            self._adapted.add(adapter)
+        return made
 
     def _matrix(self, module: nn.Module) -> Any:
         if isinstance(module, TiedHead):

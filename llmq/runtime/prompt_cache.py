@@ -30,7 +30,7 @@ from llmq.runtime.native import NativeDecoder, Unsupported, core
 from llmq.runtime.sequence import Sequence
 
 FORMAT = "llmq prompt cache"
-VERSION = 1
+VERSION = 2
 # Fields of a model's configuration that its keys and values do not depend on.
 OTHER_FIELDS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "kv_bits", "producer")
 
@@ -128,6 +128,7 @@ def _origin(model: Any, decoder: NativeDecoder) -> dict[str, str]:
         "kv_layout": str(core().KV_LAYOUT_VERSION),
         "byteorder": sys.byteorder,
         "config": hashlib.sha256(json.dumps(_relevant(model.config.to_dict()), default=str).encode()).hexdigest(),
+        "adapter": decoder.adapter,
         "weights": decoder.fingerprint,
         "activation_bits": str(decoder.activation_bits),
     }
@@ -139,6 +140,7 @@ WHY = {
     "kv_layout": "another version of llmq wrote it, with other pages; make it anew with llmq.save_prompt_cache",
     "byteorder": "a machine of another byte order wrote it; make it anew here",
     "config": "it was made by another model; load that one, or make the file anew with this one",
+    "adapter": "it was made with another adapter; load or set that one (or none), or make the file anew with this one",
     "weights": "it was made by a model with other weights; load that one, or make the file anew with this one",
     "activation_bits": "activations were rounded otherwise; use llmq.set_activation_bits, or make the file anew",
 }
