@@ -116,7 +116,7 @@ class GPTQConfig:
 STEPS = ("target", "refit", "descent", "restarts", "damping", "rounding", "tune")
 PRESETS: dict[str, tuple[str, ...]] = {
     "fast": (),
-    "balanced": ("target", "refit", "descent", "restarts"),
+    "balanced": ("target", "refit", "descent"),
     "best": STEPS,
 }
 
