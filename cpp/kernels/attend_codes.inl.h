@@ -121,28 +121,115 @@ void append_value_codes(const KvRows& values, std::int64_t token, const float* v
   }
 }
 
+// Codes of a block of 16 keys. Memory is asked for them elsewhere.
+template <class Isa, int kBits>
+struct FromBlock : FromPanel<Isa, kBits> {
+  static LLMQ_INLINE void prefetch(const std::uint8_t*) {}
+};
+
+template <class Isa, int kBits, int kRows>
+struct ScoreTile {
+  using D = Dot<kBits>;
+  using Sums = Dots<Isa, kBits, FromBlock<Isa, kBits>, 1, kRows>;
+  static constexpr int kVectors = Sums::kVectors;
+  using Ints = typename Isa::Ints[kRows][kVectors];
+  using Floats = typename Isa::Floats[kRows][kVectors];
+};
+
+// Keys with scales by token: a group of 32 columns has one a token.
+template <class Isa, int kBits, int kRows>
+struct ByToken {
+  using T = ScoreTile<Isa, kBits, kRows>;
+  static constexpr int kGroup = kKeyGroup;
+
+  const ScoreJob& job;
+  std::int64_t row;
+
+  LLMQ_INLINE ByToken(const ScoreJob& of, std::int64_t first, std::int64_t) : job(of), row(first) {}
+  static LLMQ_INLINE float start(int) { return 0.0f; }
+
+  // sum += float(acc - zero * sum(q)) * (key scale * query scale)
+  LLMQ_INLINE void add_scaled(std::int64_t token, std::int64_t g, const typename T::Ints& acc,
+                              typename T::Floats& sum) const {
+    const std::int64_t at = key_grid_at(job.keys, token) + g * kKeyTokens;
+    const std::uint16_t* scales = scales_of(job.keys, token) + at;
+    const std::uint8_t* zeros = kBits < 8 ? zeros_of(job.keys, token) + at : nullptr;
+    typename Isa::Ints zero[T::kVectors];
+    typename Isa::Floats scale[T::kVectors];
+    LLMQ_UNROLL
+    for (int v = 0; v < T::kVectors; ++v) {
+      zero[v] = Isa::offset_minus_zeros(T::D::kOffset, kBits < 8 ? zeros + v * Isa::kRows : nullptr, 128);
+      scale[v] = Isa::halves_to_floats(scales + v * Isa::kRows);
+    }
+    LLMQ_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const std::int64_t from = (row + r) * job.codes.groups + g;
+      const auto q_scale = Isa::set_floats(job.codes.scale[from]);
+      const auto total = Isa::set_ints(job.codes.total[from]);
+      LLMQ_UNROLL
+      for (int v = 0; v < T::kVectors; ++v) {
+        // Products of 8-bit codes less 128 need no correction.
+        const auto dot = kBits == 8 && T::D::kOffset == 128 ? acc[r][v] : Isa::add_product(acc[r][v], zero[v], total);
+        sum[r][v] = Isa::add(sum[r][v], Isa::mul(Isa::to_floats(dot), Isa::mul(scale[v], q_scale)));
+      }
+    }
+  }
+};
+
+// Scores of kRows query rows from `row` on and of tokens that Scales is for.
+template <class Isa, int kBits, template <class, int, int> class Scales, int kRows>
+__attribute__((noinline)) void score_codes(const ScoreJob& job, Range tokens, std::int64_t row, Fetch& fetch,
+                                           std::int64_t lines) {
+  using T = ScoreTile<Isa, kBits, kRows>;
+  constexpr int kGroup = Scales<Isa, kBits, kRows>::kGroup;
+  const Scales<Isa, kBits, kRows> scales(job, row, tokens.begin);
+  const std::int64_t groups = job.codes.groups, last = job.keys.dim - (groups - 1) * kGroup;
+  float* out = job.out + ((tokens.begin - job.tokens.begin) / kKeyTokens * job.rows + row) * kKeyTokens;
+  for (std::int64_t token = tokens.begin; token < tokens.end; token += kKeyTokens, out += job.rows * kKeyTokens) {
+    fetch.next(lines);
+    typename T::Sums dots({key_codes_of<kBits>(job.keys, token)}, job.codes.q + row * job.codes.stride,
+                          job.codes.stride);
+    typename T::Floats sum;
+    LLMQ_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      LLMQ_UNROLL
+      for (int v = 0; v < T::kVectors; ++v) sum[r][v] = Isa::set_floats(scales.start(r));
+    }
+    for (std::int64_t g = 0; g < groups; ++g) {
+      typename T::Ints acc;
+      LLMQ_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        LLMQ_UNROLL
+        for (int v = 0; v < T::kVectors; ++v) acc[r][v] = Isa::set_ints(0);
+      }
+      // Whole blocks: what lies behind the last column counts 0 in the query.
+      if (kGroup > kBlockColumns && g == groups - 1 && last <= kBlockColumns) {
+        dots.add_group(kBlockColumns, acc);
+      } else {
+        dots.add_group(kGroup, acc);
+      }
+      scales.add_scaled(token, g, acc, sum);
+    }
+    LLMQ_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      LLMQ_UNROLL
+      for (int v = 0; v < T::kVectors; ++v) Isa::store(out + r * kKeyTokens + v * Isa::kRows, sum[r][v]);
+    }
+  }
+}
+
+// All rows' scores. Memory is asked for what is ahead while the first rows are computed.
+template <class Isa, int kBits, template <class, int, int> class Scales>
+LLMQ_INLINE void score_all_rows(const ScoreJob& job, Range tokens, Fetch& fetch, std::int64_t lines) {
+  for_row_tiles<Isa::kTileTokens>(job.rows, [&]<int kRows>(std::int64_t row) __attribute__((always_inline)) {
+    score_codes<Isa, kBits, Scales, kRows>(job, tokens, row, fetch, row == 0 ? lines : 0);
+  });
+}
+
 template <class Isa, int kBits>
 void key_scores_of_codes(const ScoreJob& job) {
-  float* out = job.out;
-  for (std::int64_t token = job.tokens.begin; token < job.tokens.end; token += kKeyTokens) {
-    for (std::int64_t i = 0; i < job.rows * kKeyTokens; ++i) out[i] = 0.0f;
-    const std::int64_t grid_at = key_grid_at(job.keys, token);
-    const Cursor<1> at{.codes = {key_codes_of<kBits>(job.keys, token)},
-                       .scales = {scales_of(job.keys, token) + grid_at},
-                       .zeros = {kBits < 8 ? zeros_of(job.keys, token) + grid_at : nullptr},
-                       .q = job.codes.q,
-                       .x_scale = job.codes.scale,
-                       .total = job.codes.total,
-                       .stride = job.codes.stride,
-                       .x_groups = job.codes.groups,
-                       .columns = job.keys.dim,
-                       .group = kKeyGroup,
-                       .share = 1,
-                       .left = 1,
-                       .mid = 128};
-    run_tiles<Isa, kBits, FromPanel<Isa, kBits>, 1, Isa::kTileTokens>(static_cast<int>(job.rows), at, out);
-    out += job.rows * kKeyTokens;
-  }
+  Fetch fetch(job.ahead);
+  score_all_rows<Isa, kBits, ByToken>(job, job.tokens, fetch, lines_a_step(fetch, blocks_of(job.tokens)));
 }
 
 // Some rows' weights over the tokens of a job, times the scales of the values' column group: ~ step * codes. The step
@@ -187,41 +274,55 @@ std::int32_t weighted_zeros(const ValueJob& job, std::int64_t group, const std::
   return sum;
 }
 
-// The codes of 16 columns over the tokens of a job, a byte each: [pairs][16][2]. 8-bit codes are read where they lie.
-template <class Isa, int kBits>
-LLMQ_INLINE void unpack_values(const ValueJob& job, std::int64_t column, std::uint8_t* out) {
-  const int shift = shift_of<kBits>(column);
-  for (std::int64_t token = job.tokens.begin; token < job.tokens.end; token += kKeyTokens) {
-    const std::uint8_t* packed = value_codes_of<kBits>(job.values, token, column);
-    for (int byte = 0; byte < kKeyTokens / 2 * kPairBytes; byte += 4 * Isa::kRows, out += 4 * Isa::kRows) {
-      Isa::store_bytes(out, Isa::bits_at(Isa::load_bytes(packed + byte), shift, (1 << kBits) - 1));
-    }
-  }
+// Strips of 16 columns whose sums are kept together: all that fit in the registers with those of kAttendTile rows.
+template <class Isa>
+constexpr int kStripsTogether = Isa::kRows >= 16 ? 2 : 1;
+
+// (number >> kShift), kBits of it: the topmost need no mask.
+template <class Isa, int kBits, int kShift>
+LLMQ_INLINE typename Isa::Pairs code_bits(typename Isa::Pairs bytes) {
+  const auto low = kShift > 0 ? Isa::pairs_above(bytes, kShift) : bytes;
+  return kShift + kBits < 8 ? Isa::bits_of_pairs(low, (1 << kBits) - 1) : low;
 }
 
-// sum[row] += weights of kRows rows . codes of 16 columns, over `tokens` tokens.
-template <class Isa, int kRows, int kVectors>
-LLMQ_INLINE void add_codes(const std::int8_t* codes, int tokens, const std::int16_t* weights,
-                           typename Isa::Ints (&sum)[kRows][kVectors]) {
-  for (int t = 0; t < tokens; t += 2, weights += 2, codes += 2 * kHeadPadding) {
-    typename Isa::Pairs value[kVectors];
-    LLMQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) value[v] = Isa::load_pairs(codes + v * 2 * Isa::kRows);
-    LLMQ_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      const auto weight = Isa::broadcast_pair(weights + r * kPartTokens);
-      LLMQ_UNROLL
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = Isa::add_pairs(sum[r][v], value[v], weight);
-    }
-  }
-}
+// The codes of a pair of tokens in kTogether strips from `column` on, whose codes begin at bit kShift.
+template <class Isa, int kBits, int kTogether, int kShift>
+struct StripCodes {
+  static constexpr int kVectors = kHeadPadding / Isa::kRows;
+  static constexpr int kSources = kBits == 8 ? kTogether : 1;  // strips of fewer bits share bytes
+  using Pairs = typename Isa::Pairs[kTogether * kVectors];
 
-// acc[row][16] += weights . values of the 16 columns from `column` on, for kRows query rows from `row` on among those
+  const std::uint8_t* at[kSources];
+
+  LLMQ_INLINE StripCodes(const KvRows& values, std::int64_t token, std::int64_t column) {
+    LLMQ_UNROLL
+    for (int s = 0; s < kSources; ++s) at[s] = value_codes_of<kBits>(values, token, column + s * kHeadPadding);
+  }
+  LLMQ_INLINE void next(Pairs& values) {
+    LLMQ_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      if constexpr (kBits == 8) {
+        LLMQ_UNROLL
+        for (int s = 0; s < kTogether; ++s) {
+          values[s * kVectors + v] = Isa::load_pairs(reinterpret_cast<const std::int8_t*>(at[s]) + v * 2 * Isa::kRows);
+        }
+      } else {
+        const auto bytes = Isa::load_unsigned_pairs(at[0] + v * 2 * Isa::kRows);
+        values[v] = code_bits<Isa, kBits, kShift>(bytes);
+        if constexpr (kTogether == 2) values[kVectors + v] = code_bits<Isa, kBits, kShift + kBits>(bytes);
+      }
+    }
+    LLMQ_UNROLL
+    for (int s = 0; s < kSources; ++s) at[s] += kPairBytes;
+  }
+};
+
+// acc[row] += weights . values of kTogether strips from `column` on, for kRows query rows from `row` on among those
 // rounded. No sum overflows: a part's is at most 128 * 32767 * 128 < 2^31.
-template <class Isa, int kBits, int kRows>
-LLMQ_INLINE void add_strip(const ValueJob& job, std::int64_t column, const std::uint8_t* unpacked,
-                           const RoundedWeights& weights, std::int64_t row, float* acc) {
-  constexpr int kVectors = kHeadPadding / Isa::kRows;
+template <class Isa, int kBits, int kTogether, int kShift, int kRows>
+LLMQ_INLINE void add_strips(const ValueJob& job, std::int64_t column, const RoundedWeights& weights, std::int64_t row,
+                            float* acc, Fetch& fetch, std::int64_t lines) {
+  constexpr int kVectors = kTogether * kHeadPadding / Isa::kRows;
   typename Isa::Ints sum[kRows][kVectors];
   LLMQ_UNROLL
   for (int r = 0; r < kRows; ++r) {
@@ -229,16 +330,18 @@ LLMQ_INLINE void add_strip(const ValueJob& job, std::int64_t column, const std::
     for (int v = 0; v < kVectors; ++v) sum[r][v] = Isa::set_ints(weights.offset[row + r]);
   }
   const std::int16_t* codes = weights.codes[row];
-  if constexpr (kBits < 8) {
-    add_codes<Isa, kRows, kVectors>(reinterpret_cast<const std::int8_t*>(unpacked),
-                                    static_cast<int>(job.tokens.end - job.tokens.begin), codes, sum);
-  } else {
-    for (std::int64_t token = job.tokens.begin; token < job.tokens.end;) {
-      const int here =
-          lesser(job.tokens.end - token, static_cast<int>(job.values.page_tokens() - job.values.slot(token)));
-      const auto* values = reinterpret_cast<const std::int8_t*>(value_codes_of<kBits>(job.values, token, column));
-      add_codes<Isa, kRows, kVectors>(values, here, codes + (token - job.tokens.begin), sum);
-      token += here;
+  for (std::int64_t token = job.tokens.begin; token < job.tokens.end; token += kKeyTokens) {
+    fetch.next(lines);
+    StripCodes<Isa, kBits, kTogether, kShift> strips(job.values, token, column);
+    for (int pair = 0; pair < kKeyTokens / 2; ++pair, codes += 2) {
+      typename Isa::Pairs values[kVectors];
+      strips.next(values);
+      LLMQ_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const auto weight = Isa::broadcast_pair(codes + r * kPartTokens);
+        LLMQ_UNROLL
+        for (int v = 0; v < kVectors; ++v) sum[r][v] = Isa::add_pairs(sum[r][v], values[v], weight);
+      }
     }
   }
   LLMQ_UNROLL
@@ -252,26 +355,52 @@ LLMQ_INLINE void add_strip(const ValueJob& job, std::int64_t column, const std::
   }
 }
 
+// The same for all `rows` rows that were rounded.
+template <class Isa, int kBits, int kTogether, int kShift>
+__attribute__((noinline)) void add_rows_of_strips(const ValueJob& job, std::int64_t column,
+                                                  const RoundedWeights& weights, std::int64_t rows, float* acc,
+                                                  Fetch& fetch, std::int64_t lines) {
+  for_row_tiles<kAttendTile<Isa>>(rows, [&]<int kRows>(std::int64_t r) __attribute__((always_inline)) {
+    add_strips<Isa, kBits, kTogether, kShift, kRows>(job, column, weights, r, acc + r * job.values.padded + column, fetch,
+                                             r == 0 ? lines : 0);
+  });
+}
+
+// The same, where strips begin at any bit.
+template <class Isa, int kBits, int kTogether, int kShift = 0>
+LLMQ_INLINE void add_strips_at(const ValueJob& job, std::int64_t column, const RoundedWeights& weights,
+                               std::int64_t rows, float* acc, Fetch& fetch, std::int64_t lines) {
+  if constexpr (kBits < 8 && kShift + kBits * kStripsTogether<Isa> < 8) {
+    if (shift_of<kBits>(column) != kShift) {
+      add_strips_at<Isa, kBits, kTogether, kShift + kBits * kStripsTogether<Isa>>(job, column, weights, rows, acc,
+                                                                                 fetch, lines);
+      return;
+    }
+  }
+  add_rows_of_strips<Isa, kBits, kTogether, kShift>(job, column, weights, rows, acc, fetch, lines);
+}
+
 template <class Isa, int kBits>
 void sum_values_of_codes(const ValueJob& job) {
+  constexpr int kTogether = kStripsTogether<Isa>, kColumns = kTogether * kHeadPadding;
   RoundedWeights weights;
-  alignas(64) std::uint8_t unpacked[kBits < 8 ? kPartTokens * kHeadPadding : 1];
+  Fetch fetch(job.ahead);
+  const std::int64_t lines =
+      lines_a_step(fetch, (job.values.padded + kColumns - 1) / kColumns * blocks_of(job.tokens));
   for (std::int64_t first = 0; first < job.rows; first += kWeightRows) {
     const int rows = lesser(job.rows - first, kWeightRows);
+    float* acc = job.acc + first * job.values.padded;
     for (std::int64_t g = 0; g < job.values.groups(); ++g) {
       for (int r = 0; r < rows; ++r) {
         round_weights<Isa>(job, first + r, g, r, weights);
         weights.offset[r] = kBits < 8 ? -weighted_zeros(job, g, weights.codes[r]) : 0;
       }
-      const std::int64_t begin = g * job.values.group,
-                         end = begin + lesser(job.values.padded - begin, static_cast<int>(job.values.group));
-      for (std::int64_t column = begin; column < end; column += kHeadPadding) {
-        if constexpr (kBits < 8) unpack_values<Isa, kBits>(job, column, unpacked);
-        for_row_tiles<kAttendTile<Isa>>(rows, [&]<int kRows>(std::int64_t r) __attribute__((always_inline)) {
-          add_strip<Isa, kBits, kRows>(job, column, unpacked, weights, r,
-                                       job.acc + (first + r) * job.values.padded + column);
-        });
+      std::int64_t column = g * job.values.group;
+      const std::int64_t end = column + lesser(job.values.padded - column, static_cast<int>(job.values.group));
+      for (; column + kColumns <= end; column += kColumns) {
+        add_strips_at<Isa, kBits, kTogether>(job, column, weights, rows, acc, fetch, lines);
       }
+      if (kTogether > 1 && column < end) add_strips_at<Isa, kBits, 1>(job, column, weights, rows, acc, fetch, lines);
     }
   }
 }
