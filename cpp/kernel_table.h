@@ -134,6 +134,7 @@ struct SoftmaxJob {
   float* scores;
   float* max;  // f32[rows]; -infinity: the row saw nothing
   float* sum;  // f32[rows]: sum of the weights
+  Ahead ahead;
 };
 
 // acc[row] += sum over the tokens of weights[block][row][16] * value.

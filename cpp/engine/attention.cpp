@@ -10,9 +10,9 @@ namespace {
 
 // Query rows of a task, at most (or the heads of one group, if there are more): their sums stay in a core's own cache.
 constexpr std::int64_t kTaskRows = 24;
-// Parts of kPartTokens keys are merged in their order to runs, and runs in theirs, whoever computes them: a row's result
-// does not depend on the threads, nor on how many rows are computed together. The first run begins at token 0. Runs are
-// what few rows share out: long enough for what they take besides their parts (the query's codes, a merge).
+// Parts of kPartTokens keys are merged in their order to runs, and runs in theirs, whoever computes them: a row's
+// result does not depend on the threads, nor on how many rows are computed together. The first run begins at token 0.
+// Runs are what few rows share out: long enough for what they take besides their parts (the query's codes, a merge).
 constexpr std::int64_t kRunTokens = 4 * kPartTokens;
 constexpr std::int64_t kTasksPerThread = 2;
 
@@ -265,22 +265,28 @@ class Run {
                                            .out = scores_from(read.span[i]),
                                            .ahead = ahead(read, pages, pages.values(task.head))});
     }
+    // The next part's keys come while the weights are made, and the rest of them while the values are summed.
+    const KvPages& stored = task.slice->sequence->layer(in_.layer).stored;
+    const Ahead keys = ahead(next, stored, stored.keys(task.head));
+    const std::int64_t half = keys.tokens.begin + (keys.tokens.end - keys.tokens.begin) / (3 * kKeyTokens) * kKeyTokens;
     table_.softmax({.tokens = tokens,
                     .visible = rows.visible.data(),
                     .rows = count,
                     .softcap = in_.softcap,
                     .scores = scores,
                     .max = sums.max,
-                    .sum = sums.sum});
+                    .sum = sums.sum,
+                    .ahead = {.rows = keys.rows, .tokens = {keys.tokens.begin, half}}});
     std::fill_n(sums.acc, count * padded_, 0.0f);
     for (int i = 0; i < read.count; ++i) {
       const KvPages& pages = *read.span[i].pages;
-      table_.sum_values[pages.value_type()]({.values = pages.values(task.head),
-                                             .tokens = read.span[i].tokens,
-                                             .weights = scores_from(read.span[i]),
-                                             .rows = count,
-                                             .acc = sums.acc,
-                                             .ahead = ahead(next, pages, pages.keys(task.head))});
+      table_.sum_values[pages.value_type()](
+          {.values = pages.values(task.head),
+           .tokens = read.span[i].tokens,
+           .weights = scores_from(read.span[i]),
+           .rows = count,
+           .acc = sums.acc,
+           .ahead = {.rows = keys.rows, .tokens = {half, &pages == &stored ? keys.tokens.end : half}}});
     }
   }
 

@@ -179,7 +179,9 @@ constexpr int kAttendTile = Isa::kRows >= 8 ? 6 : 2;
 // Blocks of 16 tokens.
 LLMQ_INLINE std::int64_t blocks_of(Range tokens) { return (tokens.end - tokens.begin + kKeyTokens - 1) / kKeyTokens; }
 // What each of `steps` steps must ask for, so that all is asked for at the end.
-LLMQ_INLINE std::int64_t lines_a_step(const Fetch& fetch, std::int64_t steps) { return (fetch.lines() + steps - 1) / steps; }
+LLMQ_INLINE std::int64_t lines_a_step(const Fetch& fetch, std::int64_t steps) {
+  return (fetch.lines() + steps - 1) / steps;
+}
 
 template <class Isa, class Kv>
 void key_scores(const ScoreJob& job) {
@@ -277,6 +279,8 @@ LLMQ_INLINE float largest_score(const SoftmaxJob& job, std::int64_t row, float* 
 }
 
 void softmax(const SoftmaxJob& job) {
+  Fetch fetch(job.ahead);
+  const std::int64_t lines = lines_a_step(fetch, job.rows * blocks_of(job.tokens));
   for (std::int64_t row = 0; row < job.rows; ++row) {
     float* s = job.scores + row * kKeyTokens;
     const float largest = largest_score(job, row, s);
@@ -284,6 +288,7 @@ void softmax(const SoftmaxJob& job) {
     // From one block on, so that the sum does not depend on how many blocks of zeros come behind the row's last token.
     auto lanes = Lanes::all(0.0f);
     for (std::int64_t b = blocks_of(job.tokens); b > 0; --b, s += job.rows * kKeyTokens) {
+      fetch.next(lines);
       auto weights = Lanes::load(s);
       weights.soften(shift);
       lanes.add(weights);

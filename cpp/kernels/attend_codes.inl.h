@@ -361,8 +361,8 @@ __attribute__((noinline)) void add_rows_of_strips(const ValueJob& job, std::int6
                                                   const RoundedWeights& weights, std::int64_t rows, float* acc,
                                                   Fetch& fetch, std::int64_t lines) {
   for_row_tiles<kAttendTile<Isa>>(rows, [&]<int kRows>(std::int64_t r) __attribute__((always_inline)) {
-    add_strips<Isa, kBits, kTogether, kShift, kRows>(job, column, weights, r, acc + r * job.values.padded + column, fetch,
-                                             r == 0 ? lines : 0);
+    add_strips<Isa, kBits, kTogether, kShift, kRows>(job, column, weights, r, acc + r * job.values.padded + column,
+                                                     fetch, r == 0 ? lines : 0);
   });
 }
 
@@ -373,7 +373,7 @@ LLMQ_INLINE void add_strips_at(const ValueJob& job, std::int64_t column, const R
   if constexpr (kBits < 8 && kShift + kBits * kStripsTogether<Isa> < 8) {
     if (shift_of<kBits>(column) != kShift) {
       add_strips_at<Isa, kBits, kTogether, kShift + kBits * kStripsTogether<Isa>>(job, column, weights, rows, acc,
-                                                                                 fetch, lines);
+                                                                                  fetch, lines);
       return;
     }
   }
@@ -385,8 +385,7 @@ void sum_values_of_codes(const ValueJob& job) {
   constexpr int kTogether = kStripsTogether<Isa>, kColumns = kTogether * kHeadPadding;
   RoundedWeights weights;
   Fetch fetch(job.ahead);
-  const std::int64_t lines =
-      lines_a_step(fetch, (job.values.padded + kColumns - 1) / kColumns * blocks_of(job.tokens));
+  const std::int64_t lines = lines_a_step(fetch, (job.values.padded + kColumns - 1) / kColumns * blocks_of(job.tokens));
   for (std::int64_t first = 0; first < job.rows; first += kWeightRows) {
     const int rows = lesser(job.rows - first, kWeightRows);
     float* acc = job.acc + first * job.values.padded;

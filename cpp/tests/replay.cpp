@@ -78,7 +78,8 @@ struct Kind {
   void (*replay)(const Case&);
 };
 
-constexpr Kind kKinds[] = {{"qgemm", replay_qgemm}, {"take_rows", replay_take_rows}, {"model", replay_model}, {"attend", replay_attend}};
+constexpr Kind kKinds[] = {
+    {"qgemm", replay_qgemm}, {"take_rows", replay_take_rows}, {"model", replay_model}, {"attend", replay_attend}};
 
 void replay_case(const std::string& line, std::istream& file) {
   std::istringstream words(line);
