@@ -216,7 +216,7 @@ void sum_values(const ValueJob& job) {
 
 // Vectors of the compiler's: left to loops over arrays, it takes them apart into single floats.
 typedef float LaneFloats __attribute__((vector_size(4 * Isa::kRows)));
-typedef std::int32_t LaneInts __attribute__((vector_size(4 * Isa::kRows)));
+typedef std::uint32_t LaneBits __attribute__((vector_size(4 * Isa::kRows)));
 
 struct Lanes {
   static constexpr int kVectors = kKeyTokens / Isa::kRows;
@@ -252,7 +252,7 @@ struct Lanes {
     LLMQ_UNROLL
     for (int i = 0; i < kVectors; ++i) {
       const LaneFloats x = v[i] - shift, low = LaneFloats{} - 88.0f;
-      v[i] = exp_within_88<LaneFloats, LaneInts>(x < low ? low : x);
+      v[i] = exp_within_88<LaneFloats, LaneBits>(x < low ? low : x);
     }
   }
 };

@@ -5,7 +5,7 @@
 // exp(x) for -88 <= x <= 88, relative error below 2^-22: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial for e^r. Where n
 // is -127 (below -87.7, e^x is no normal float) the bits of 2^n are those of 0, and so is the result.
 // Of floats, or of vectors of them.
-template <class Floats = float, class Ints = std::int32_t>
+template <class Floats = float, class Bits = std::uint32_t>
 LLMQ_INLINE Floats exp_within_88(Floats x) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
   const Floats shifted = x * 1.44269504f + kMagic;
@@ -17,10 +17,10 @@ LLMQ_INLINE Floats exp_within_88(Floats x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  constexpr std::int32_t kMagicBits = 0x4b400000;
-  Ints bits;
+  constexpr std::uint32_t kMagicBits = 0x4b400000u;
+  Bits bits;
   __builtin_memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits - kMagicBits + 127) << 23;
+  bits = (bits - kMagicBits + 127u) << 23;
   Floats power;
   __builtin_memcpy(&power, &bits, sizeof power);
   return p * power;
