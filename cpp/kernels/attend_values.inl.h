@@ -1,5 +1,5 @@
-// The weighted sum of values that are stored as codes, behind attend_codes.inl.h. Included inside an anonymous namespace,
-// once an ISA.
+// The weighted sum of values that are stored as codes, behind attend_codes.inl.h. Included inside an anonymous
+// namespace, once an ISA.
 //
 // It is in integers: a row's weights, each times its value's scale, become 15-bit integers with one scale a part, and
 // products of 16 bits are summed exactly over the part.
