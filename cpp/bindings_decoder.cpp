@@ -128,39 +128,16 @@ void attend(Address q, Address k, Address v, std::int64_t count, std::int64_t le
   KvLayerShape shape = layer_shape(bits, 16, by_column, false, sinks, recent);
   shape.window = window;
   const py::gil_scoped_release unlocked;
-  const KernelTable& table = current_table();
-  Sequence sequence({.heads = kv_heads, .head_dim = head_dim, .layers = {shape}});
-  const auto add = [&](std::int64_t n) {
-    const std::int64_t start = sequence.length();
-    sequence.reserve(n);
-    sequence.slide(start, n);
-    for (std::int64_t t = start; t < start + n; ++t) {
-      const std::int64_t first = t * kv_heads * head_dim;
-      sequence.append(table, 0, t, at<const float>(k) + first, at<const float>(v) + first);
-    }
-    sequence.fill_pages(table, 0, start, n);
-  };
-  while (sequence.length() < length - count) {
-    const std::int64_t n = std::min(kChunkTokens, length - count - sequence.length());
-    add(n);
-    sequence.grow(sequence.length() + n);
-  }
-  for (std::int64_t done = 0; done < count;) {
-    const std::int64_t n = std::min(kChunkTokens, count - done);
-    add(n);
-    attend_slices(table, {{.sequence = &sequence, .first = 0, .count = n, .start = length - count + done}},
-                  {.layer = 0,
-                   .heads = heads,
-                   .kv_heads = kv_heads,
-                   .head_dim = head_dim,
-                   .window = window,
-                   .softcap = softcap,
-                   .q = at<const float>(q) + done * heads * head_dim,
-                   .q_stride = heads * head_dim,
-                   .out = at<float>(out) + done * heads * head_dim});
-    sequence.grow(sequence.length() + n);
-    done += n;
-  }
+  attend_last(current_table(), shape, at<const float>(k), at<const float>(v), length, count,
+              {.layer = 0,
+               .heads = heads,
+               .kv_heads = kv_heads,
+               .head_dim = head_dim,
+               .window = window,
+               .softcap = softcap,
+               .q = at<const float>(q),
+               .q_stride = heads * head_dim,
+               .out = at<float>(out)});
 }
 
 using HeldPages = std::tuple<std::vector<std::int64_t>, std::int64_t, std::int64_t, std::int64_t>;

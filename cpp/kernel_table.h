@@ -93,7 +93,9 @@ struct KvRows {
   int page_shift;                    // log2 T
   std::int64_t data, scales, zeros;  // bytes from a page's start
   std::int64_t dim, padded;
-  std::int64_t group;  // columns that share a scale
+  std::int64_t group;        // columns that share a scale
+  std::int64_t token_bytes;  // a page's elements or codes by its tokens
+  std::int64_t grid_bytes;   // of keys: from `scales` on, with those of the values
 
   // Inlined always: an ISA's object must not hold a copy that the linker could hand to another.
   [[gnu::always_inline]] std::int64_t page_tokens() const { return std::int64_t{1} << page_shift; }
@@ -101,6 +103,13 @@ struct KvRows {
   [[gnu::always_inline]] std::int64_t slot(std::int64_t token) const { return token & (page_tokens() - 1); }
   [[gnu::always_inline]] std::int64_t groups() const { return (dim + group - 1) / group; }
   [[gnu::always_inline]] std::int64_t blocks() const { return (dim + kBlockColumns - 1) / kBlockColumns; }
+};
+
+// Keys or values that are read after a job. The kernel asks memory for them bit by bit, so that it computes while they
+// come: a page's part of a head is too short for the CPU to guess what follows.
+struct Ahead {
+  KvRows rows;
+  Range tokens;  // none: nothing to ask for
 };
 
 // out[block][row][16] = q_row . key of the tokens of each block of kKeyTokens, whether the row sees them or not.
@@ -113,6 +122,7 @@ struct ScoreJob {
   QuantizedRows codes;
   std::int64_t rows;
   float* out;
+  Ahead ahead;
 };
 
 // scores[block][row][16] of one part become weights exp(score - max), 0 where the row does not look.
@@ -124,6 +134,7 @@ struct SoftmaxJob {
   float* scores;
   float* max;  // f32[rows]; -infinity: the row saw nothing
   float* sum;  // f32[rows]: sum of the weights
+  Ahead ahead;
 };
 
 // acc[row] += sum over the tokens of weights[block][row][16] * value.
@@ -133,6 +144,7 @@ struct ValueJob {
   const float* weights;
   std::int64_t rows;
   float* acc;  // f32[rows, padded]
+  Ahead ahead;
 };
 
 // out[t * out_stride + r] = row r . x_t + bias[r], in float.

@@ -133,6 +133,14 @@ def test_codes_hide_no_bad_number_from_a_row_that_sees_it(bits: int, which: int,
     assert kernels.attend(q, k, v, k_bits=bits, v_bits=bits)[11:].isnan().all()
 
 
+@pytest.mark.parametrize("bits", [16, 8, 4])
+@pytest.mark.usefixtures("isa")
+def test_a_whole_part_of_bad_keys_counts_as_seen(bits: int) -> None:
+    q, k, v = case(1, 3 * PART, 2, 1, 32)
+    k[PART : 2 * PART] = float("nan")  # no score of the part is the largest
+    assert kernels.attend(q, k, v, k_bits=bits, v_bits=bits).isnan().all()
+
+
 @pytest.mark.usefixtures("isa")
 def test_tokens_of_zeros_and_of_tiny_numbers() -> None:
     q, k, v = case(3, 30, 2, 1, 64)

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import BEYOND_BASELINE, random_qtensor, seeded
+from test_kernels_attend import case as attended
+from test_kernels_attend import limit
 from torch import Tensor
 
 from llmq.config import BITS, QuantScheme
@@ -63,8 +65,39 @@ def extreme_case(bits: int, code: int, sign: int) -> bytes:
     return case("qgemm", t, x, None, (x.long() @ t.q.long().T).float(), m=9, bias=0)
 
 
+# By the names of cpp/kernel_table.h: KvType.
+KV_TYPES = {"f16": 0, "f32": 1, "8": 2, "4": 3, "2": 4, "4 by column": 5, "2 by column": 6}
+
+
+def attend_case(keys: str, values: str, shape: tuple[int, int, int, int, int], *, wrong: float = 1.0) -> bytes:
+    """Attention with some sinks and recent tokens in 16 bits; ``wrong``: what the keys are multiplied with."""
+    q, k, v = attended(*shape)
+    near = {"sinks": 4, "recent": 20} if min(KV_TYPES[keys], KV_TYPES[values]) > 2 else {"sinks": 0, "recent": 0}
+    bits = tuple({"f16": 16, "f32": 32}.get(name) or int(name[0]) for name in (keys, values))
+    channel = "column" in keys
+    expected = reference.attend(
+        q, k, v, k_bits=bits[0], v_bits=bits[1], key_scales="channel" if channel else "token", **near
+    )
+    # As in test_kernels_attend_columns.py: up to three sums; twice that on CPUs without fused multiply-adds.
+    tolerance = (4 * limit(q, k, v, bits)).expand_as(expected).contiguous()
+    about = {
+        **dict(zip(("count", "length", "heads", "kv_heads", "head_dim"), shape, strict=True)),
+        "keys": KV_TYPES[keys], "values": KV_TYPES[values], "near": 0 if sum(near.values()) or channel else -1,
+        **near, "window": 0,
+    }  # fmt: skip
+    line = " ".join(["attend", *(f"{name}={value}" for name, value in about.items())])
+    return f"{line}\n".encode() + b"".join(a.numpy().tobytes() for a in (q, k * wrong, v, expected, tolerance))
+
+
+def attend_cases() -> list[bytes]:
+    """Every type of keys and of values; one row and a tile, several parts, ragged heads."""
+    pairs = [(name, name) for name in ("f32", "f16", "8", "4", "2")] + [("4 by column", "4"), ("2 by column", "8")]
+    shapes = [(1, 200, 3, 1, 64), (7, 150, 4, 2, 40)]
+    return [attend_case(*pair, shape) for pair, shape in itertools.product(pairs, shapes)]
+
+
 def write_cases(path: Path) -> None:
-    """Bits x grids x ragged shapes x numbers of tokens, extremes, and rows taken back."""
+    """Bits x grids x ragged shapes x numbers of tokens, extremes, rows taken back, and attention."""
     cases = [extreme_case(bits, (1 << bits) - 1, sign) for bits, sign in itertools.product(BITS, (1, -1))]
     for bits, group, sym in itertools.product(BITS, (-1, 32, 128, 256), (True, False)):
         scheme = QuantScheme(bits, group, sym)
@@ -73,6 +106,7 @@ def write_cases(path: Path) -> None:
         t = random_qtensor(21, 300, scheme)
         ids = torch.tensor([20, 0, 7, 16])
         cases.append(case("take_rows", t, ids, t.dequantize()[ids], count=len(ids)))
+    cases.extend(attend_cases())
     path.write_bytes(b"".join(cases))
 
 
@@ -158,6 +192,8 @@ def test_a_replay_sees_a_scale_off_by_one_percent_and_says_what_it_cannot_read(
     file = tmp_path / "case.bin"
     for data, code, message in (
         (right.replace(parts(t), parts(wrong)), 1, "value 0 is"),
+        (attend_case("8", "8", (1, 200, 3, 1, 64), wrong=1.01), 1, "within"),
+        (attend_case("4 by column", "4", (1, 200, 3, 1, 64), wrong=1.01), 1, "within"),
         (right[:-1], 2, "the file ends within"),
         (b"nothing n=1\n", 2, "the kind is unknown"),
         (b"", 2, "holds no case"),

@@ -109,10 +109,11 @@ THREADED = "several_threads or any_number_of_threads or shared_out_to_threads or
     ("sanitizers", "isa", "files", "select"),
     [
         ("address,undefined", "", ("kernels", "kernels_packing", "sampler", "packed_cache"), ""),
-        ("address,undefined", "", ("kernels_attend", "native", "kv_cache", "generation"), ""),
-        ("address,undefined", "", ("native_sharing", "prompt_cache"), "not no_memory"),
+        ("address,undefined", "", ("kernels_attend", "kernels_attend_columns", "native", "kv_cache", "generation"), ""),
+        ("address,undefined", "", ("native_columns", "native_sharing", "prompt_cache"), "not no_memory"),
         ("address,undefined", "scalar", ("kernels",), ""),
         ("thread", "", ("native", "native_sharing", "generation"), THREADED),
+        ("thread", "", ("kernels_attend", "kernels_attend_columns"), THREADED),
     ],
 )
 def test_the_suite_is_clean_under(

@@ -28,4 +28,10 @@ struct AttentionInputs {
 
 void attend_slices(const KernelTable& table, const std::vector<Slice>& slices, const AttentionInputs& in);
 
+// Attention of the last `count` of `length` tokens of a sequence of one layer, `layer`, whose keys and values
+// f32[length, kv_heads, head_dim] are stored first, chunk by chunk, as a decoder does it. `in` is of the first of these
+// tokens.
+void attend_last(const KernelTable& table, const KvLayerShape& layer, const float* keys, const float* values,
+                 std::int64_t length, std::int64_t count, AttentionInputs in);
+
 }  // namespace llmq

@@ -53,7 +53,9 @@ KvPages::KvPages(std::int64_t heads, std::int64_t head_dim, KvType keys, KvType 
                     .zeros = 0,
                     .dim = head_dim,
                     .padded = padded_dim_,
-                    .group = 1};
+                    .group = 1,
+                    .token_bytes = 0,
+                    .grid_bytes = 0};
   keys_ = values_ = rows;
   keys_.group = kKeyGroup, values_.group = value_group(values);
   std::int64_t at = 0;
@@ -63,16 +65,19 @@ KvPages::KvPages(std::int64_t heads, std::int64_t head_dim, KvType keys, KvType 
     return begin;
   };
   const std::int64_t key_columns = kv_is_code(keys) ? round_up(head_dim, kBlockColumns) : head_dim;
-  keys_.data = place(tokens * key_columns * kv_bits(keys) / 8);
+  keys_.token_bytes = key_columns * kv_bits(keys) / 8;
+  keys_.data = place(tokens * keys_.token_bytes);
   // Strips of kHeadPadding columns share bytes.
   const std::int64_t value_columns =
       kv_is_code(values) ? round_up(head_dim, kHeadPadding * 8 / kv_bits(values)) : padded_dim_;
-  values_.data = place(tokens * value_columns * kv_bits(values) / 8);
+  values_.token_bytes = value_columns * kv_bits(values) / 8;
+  values_.data = place(tokens * values_.token_bytes);
   const std::int64_t key_scales = kv_by_column(keys) ? head_dim : tokens * keys_.groups();
   keys_.scales = place(kv_is_code(keys) ? key_scales * 2 : 0);
   values_.scales = place(kv_is_code(values) ? tokens * values_.groups() * 2 : 0);
   keys_.zeros = place(kv_has_zero(keys) ? key_scales : 0);
   values_.zeros = place(kv_has_zero(values) ? tokens * values_.groups() : 0);
+  keys_.grid_bytes = at - keys_.scales;
   head_bytes_ = round_up(at, kAlignment);
   page_bytes_ = heads * head_bytes_;
 }

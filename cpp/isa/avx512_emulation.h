@@ -14,6 +14,11 @@ __m512i emulated_cvtepu8_epi32(__m128i a) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_cvtepu8_epi32(_mm_srli_si128(a, 8)), 1);
 }
 
+__m512i emulated_cvtepu8_epi16(__m256i a) {
+  const __m256i low = _mm256_cvtepu8_epi16(_mm256_castsi256_si128(a));
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_cvtepu8_epi16(_mm256_extracti128_si256(a, 1)), 1);
+}
+
 __m512 emulated_join(__m256 low, __m256 high) {
   const __m512i whole = _mm512_castsi256_si512(_mm256_castps_si256(low));
   return _mm512_castsi512_ps(_mm512_inserti64x4(whole, _mm256_castps_si256(high), 1));
@@ -48,6 +53,7 @@ __m512i emulated_cvtepu16_epi32(__m256i a) {
 #undef _mm512_madd_epi16
 #define _mm512_madd_epi16 simde_mm512_madd_epi16
 #define _mm512_cvtepu8_epi32 emulated_cvtepu8_epi32
+#define _mm512_cvtepu8_epi16 emulated_cvtepu8_epi16
 #define _mm512_cvtph_ps emulated_cvtph_ps
 #define _mm512_cvtepi32_ps emulated_cvtepi32_ps
 #define _mm512_cvtps_ph(a, rounding) emulated_cvtps_ph(a)

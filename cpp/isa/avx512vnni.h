@@ -65,6 +65,15 @@ struct Isa {
   static Pairs load_pairs(const std::int8_t* p) {
     return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  static Pairs load_unsigned_pairs(const std::uint8_t* p) {
+    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static LLMQ_INLINE Pairs pairs_above(Pairs a, int shift) {
+    return _mm512_srli_epi16(a, static_cast<unsigned>(shift));
+  }
+  static LLMQ_INLINE Pairs bits_of_pairs(Pairs a, int mask) {
+    return _mm512_and_si512(a, _mm512_set1_epi16(static_cast<std::int16_t>(mask)));
+  }
   static Pairs broadcast_pair(const std::int16_t* p) {
     std::int32_t pair;
     __builtin_memcpy(&pair, p, sizeof pair);

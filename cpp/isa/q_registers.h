@@ -54,6 +54,16 @@ struct Isa {
     const int8x8_t pairs = vld1_s8(p);
     return {vget_low_s16(vmovl_s8(vuzp1_s8(pairs, pairs))), vget_low_s16(vmovl_s8(vuzp2_s8(pairs, pairs)))};
   }
+  static Pairs load_unsigned_pairs(const std::uint8_t* p) {
+    const uint8x8_t pairs = vld1_u8(p);
+    return {vreinterpret_s16_u16(vget_low_u16(vmovl_u8(vuzp1_u8(pairs, pairs)))),
+            vreinterpret_s16_u16(vget_low_u16(vmovl_u8(vuzp2_u8(pairs, pairs))))};
+  }
+  static LLMQ_INLINE Pairs pairs_above(const Pairs& a, int shift) { return {a.first >> shift, a.second >> shift}; }
+  static LLMQ_INLINE Pairs bits_of_pairs(const Pairs& a, int mask) {
+    const int16x4_t bits = vdup_n_s16(static_cast<std::int16_t>(mask));
+    return {vand_s16(a.first, bits), vand_s16(a.second, bits)};
+  }
   static Pairs broadcast_pair(const std::int16_t* p) { return {vdup_n_s16(p[0]), vdup_n_s16(p[1])}; }
   // acc + the sum of both products
   static Ints add_pairs(Ints acc, Pairs a, Pairs b) {

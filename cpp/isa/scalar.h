@@ -87,6 +87,11 @@ struct Isa {
     Ints first, second;
   };
   static Pairs load_pairs(const std::int8_t* p) { return {Ints{p[0], p[2], p[4], p[6]}, Ints{p[1], p[3], p[5], p[7]}}; }
+  static Pairs load_unsigned_pairs(const std::uint8_t* p) {
+    return {Ints{p[0], p[2], p[4], p[6]}, Ints{p[1], p[3], p[5], p[7]}};
+  }
+  static LLMQ_INLINE Pairs pairs_above(const Pairs& a, int shift) { return {a.first >> shift, a.second >> shift}; }
+  static LLMQ_INLINE Pairs bits_of_pairs(const Pairs& a, int mask) { return {a.first & mask, a.second & mask}; }
   static Pairs broadcast_pair(const std::int16_t* p) { return {set_ints(p[0]), set_ints(p[1])}; }
   // acc + the sum of both products
   static Ints add_pairs(Ints acc, const Pairs& a, const Pairs& b) {

@@ -53,13 +53,24 @@ struct Isa {
   static Pairs load_pairs(const std::int8_t* p) {
     return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  static Pairs load_unsigned_pairs(const std::uint8_t* p) {
+    return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static LLMQ_INLINE Pairs pairs_above(Pairs a, int shift) { return _mm256_srli_epi16(a, shift); }
+  static LLMQ_INLINE Pairs bits_of_pairs(Pairs a, int mask) {
+    return _mm256_and_si256(a, _mm256_set1_epi16(static_cast<std::int16_t>(mask)));
+  }
   static Pairs broadcast_pair(const std::int16_t* p) {
     std::int32_t pair;
     __builtin_memcpy(&pair, p, sizeof pair);
     return _mm256_set1_epi32(pair);
   }
-  // acc + the sum of both products
-  static Ints add_pairs(Ints acc, Pairs a, Pairs b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
+  // acc + the sum of both products, in the order written: see Dot::add in avx2.h.
+  static Ints add_pairs(Ints acc, Pairs a, Pairs b) {
+    __m256i sum = _mm256_add_epi32(acc, _mm256_madd_epi16(a, b));
+    __asm__("" : "+x"(sum));
+    return sum;
+  }
 
   static Floats set_floats(float value) { return _mm256_set1_ps(value); }
   static Floats halves_to_floats(const std::uint16_t* halves) {

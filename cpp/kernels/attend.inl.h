@@ -37,6 +37,38 @@ LLMQ_INLINE Kv* values_of(const KvRows& values, std::int64_t token) {
   return reinterpret_cast<Kv*>(page_of(values, token) + values.data) + values.slot(token) * values.padded;
 }
 
+// Asks memory for what a job names as read later, in its order.
+class Fetch {
+ public:
+  static constexpr std::int64_t kLine = 64;
+
+  LLMQ_INLINE explicit Fetch(const Ahead& ahead) : ahead_(ahead), token_(ahead.tokens.begin) {}
+  // Lines in all.
+  LLMQ_INLINE std::int64_t lines() const {
+    return (ahead_.tokens.end - ahead_.tokens.begin) * ahead_.rows.token_bytes / kLine;
+  }
+  LLMQ_INLINE void next(std::int64_t lines) {
+    if (at_ == end_) next_page();
+    for (; lines > 0 && at_ < end_; --lines, at_ += kLine) __builtin_prefetch(at_);
+  }
+
+ private:
+  LLMQ_INLINE void next_page() {
+    if (token_ >= ahead_.tokens.end) return;
+    const KvRows& rows = ahead_.rows;
+    const std::int64_t slot = rows.slot(token_), left = ahead_.tokens.end - token_, here = rows.page_tokens() - slot;
+    const std::uint8_t* page = page_of(rows, token_);
+    for (std::int64_t i = 0; i < rows.grid_bytes; i += kLine) __builtin_prefetch(page + rows.scales + i);
+    at_ = page + rows.data + slot * rows.token_bytes;
+    end_ = at_ + (left < here ? left : here) * rows.token_bytes / kLine * kLine;
+    token_ += here;
+  }
+
+  const Ahead& ahead_;
+  std::int64_t token_;
+  const std::uint8_t *at_ = nullptr, *end_ = nullptr;
+};
+
 LLMQ_INLINE int lesser(std::int64_t left, int most) { return left < most ? static_cast<int>(left) : most; }
 
 // The n <= Isa::kRows floats of x as elements, the rest 0.
@@ -144,11 +176,21 @@ LLMQ_INLINE void for_row_tiles(std::int64_t rows, const F& f) {
 template <class Isa>
 constexpr int kAttendTile = Isa::kRows >= 8 ? 6 : 2;
 
+// Blocks of 16 tokens.
+LLMQ_INLINE std::int64_t blocks_of(Range tokens) { return (tokens.end - tokens.begin + kKeyTokens - 1) / kKeyTokens; }
+// What each of `steps` steps must ask for, so that all is asked for at the end.
+LLMQ_INLINE std::int64_t lines_a_step(const Fetch& fetch, std::int64_t steps) {
+  return (fetch.lines() + steps - 1) / steps;
+}
+
 template <class Isa, class Kv>
 void key_scores(const ScoreJob& job) {
   float* out = job.out;
+  Fetch fetch(job.ahead);
+  const std::int64_t lines = lines_a_step(fetch, blocks_of(job.tokens));
   for (std::int64_t token = job.tokens.begin; token < job.tokens.end; token += kKeyTokens) {
     const Kv* keys = keys_of<Kv>(job.keys, token);
+    fetch.next(lines);
     for_row_tiles<kAttendTile<Isa>>(job.rows, [&]<int kRows>(std::int64_t row) __attribute__((always_inline)) {
       score_rows<Isa, Kv, kRows>(keys, job.keys.dim, job.q + row, out + row * kKeyTokens);
     });
@@ -159,8 +201,11 @@ void key_scores(const ScoreJob& job) {
 template <class Isa, class Kv>
 void sum_values(const ValueJob& job) {
   const float* weights = job.weights;
+  Fetch fetch(job.ahead);
+  const std::int64_t lines = lines_a_step(fetch, blocks_of(job.tokens));
   for (std::int64_t token = job.tokens.begin; token < job.tokens.end; token += kKeyTokens) {
     const Kv* values = values_of<Kv>(job.values, token);
+    fetch.next(lines);
     for_row_tiles<kAttendTile<Isa>>(job.rows, [&]<int kRows>(std::int64_t row) __attribute__((always_inline)) {
       add_values<Isa, Kv, kRows>(values, job.values.padded, weights + row * kKeyTokens,
                                  job.acc + row * job.values.padded);
@@ -169,41 +214,90 @@ void sum_values(const ValueJob& job) {
   }
 }
 
-// s[16] becomes exp(s - largest), 0 where it is -infinity.
-LLMQ_INLINE void soften_block(float* s, float largest) {
-  for (int i = 0; i < kKeyTokens; ++i) {
-    const float e = fast_exp(s[i] - largest);
-    s[i] = s[i] == kMinusInfinity ? 0.0f : e;
+// Vectors of the compiler's: left to loops over arrays, it takes them apart into single floats.
+typedef float LaneFloats __attribute__((vector_size(4 * Isa::kRows)));
+typedef std::uint32_t LaneBits __attribute__((vector_size(4 * Isa::kRows)));
+
+struct Lanes {
+  static constexpr int kVectors = kKeyTokens / Isa::kRows;
+
+  LaneFloats v[kVectors];
+
+  static LLMQ_INLINE Lanes load(const float* p) {
+    Lanes lanes;
+    LLMQ_UNROLL
+    for (int i = 0; i < kVectors; ++i) __builtin_memcpy(&lanes.v[i], p + i * Isa::kRows, sizeof lanes.v[i]);
+    return lanes;
   }
+  static LLMQ_INLINE Lanes all(float x) {
+    Lanes lanes;
+    LLMQ_UNROLL
+    for (int i = 0; i < kVectors; ++i) lanes.v[i] = LaneFloats{} + x;
+    return lanes;
+  }
+  LLMQ_INLINE void store(float* p) const {
+    LLMQ_UNROLL
+    for (int i = 0; i < kVectors; ++i) __builtin_memcpy(p + i * Isa::kRows, &v[i], sizeof v[i]);
+  }
+  LLMQ_INLINE void take_larger(const Lanes& other) {
+    LLMQ_UNROLL
+    for (int i = 0; i < kVectors; ++i) v[i] = other.v[i] > v[i] ? other.v[i] : v[i];
+  }
+  LLMQ_INLINE void add(const Lanes& other) {
+    LLMQ_UNROLL
+    for (int i = 0; i < kVectors; ++i) v[i] += other.v[i];
+  }
+  // exp(v - shift) of lanes that are not above shift, 0 below exp(-87.7), as exp_within_88 computes it; NaN stays NaN.
+  LLMQ_INLINE void soften(float shift) {
+    LLMQ_UNROLL
+    for (int i = 0; i < kVectors; ++i) {
+      const LaneFloats x = v[i] - shift, low = LaneFloats{} - 88.0f;
+      v[i] = exp_within_88<LaneFloats, LaneBits>(x < low ? low : x);
+    }
+  }
+};
+
+// s[16]: -infinity where the row does not look.
+LLMQ_INLINE void hide_unseen(float* s, std::int64_t first, std::int64_t last) {
+  for (int i = 0; i < kKeyTokens; ++i) s[i] = i < first || i >= last ? kMinusInfinity : s[i];
+}
+
+// The largest of one row's scores, whose first block is `s`, those of tokens that the row does not see being hidden.
+LLMQ_INLINE float largest_score(const SoftmaxJob& job, std::int64_t row, float* s) {
+  const Range seen{job.visible[row].begin - job.tokens.begin, job.visible[row].end - job.tokens.begin};
+  auto lanes = Lanes::all(kMinusInfinity);
+  const std::int64_t end = job.tokens.end - job.tokens.begin;
+  for (std::int64_t at = 0; at < end; at += kKeyTokens, s += job.rows * kKeyTokens) {
+    if (job.softcap > 0.0f) softcap(s, kKeyTokens, job.softcap);
+    if (seen.begin > at || seen.end < at + kKeyTokens) hide_unseen(s, seen.begin - at, seen.end - at);
+    lanes.take_larger(Lanes::load(s));
+  }
+  float each[kKeyTokens], largest = kMinusInfinity;
+  lanes.store(each);
+  for (int i = 0; i < kKeyTokens; ++i) largest = each[i] > largest ? each[i] : largest;
+  return largest;
 }
 
 void softmax(const SoftmaxJob& job) {
-  const std::int64_t blocks = (job.tokens.end - job.tokens.begin + kKeyTokens - 1) / kKeyTokens;
-  const std::int64_t stride = job.rows * kKeyTokens;
+  Fetch fetch(job.ahead);
+  const std::int64_t lines = lines_a_step(fetch, job.rows * blocks_of(job.tokens));
   for (std::int64_t row = 0; row < job.rows; ++row) {
-    float* scores = job.scores + row * kKeyTokens;
-    const std::int64_t from = job.visible[row].begin - job.tokens.begin, to = job.visible[row].end - job.tokens.begin;
-    float lanes[kKeyTokens], largest = kMinusInfinity, sum = 0.0f;
-    for (int i = 0; i < kKeyTokens; ++i) lanes[i] = kMinusInfinity;
-    for (std::int64_t b = 0; b < blocks; ++b) {
-      float* s = scores + b * stride;
-      if (job.softcap > 0.0f) softcap(s, kKeyTokens, job.softcap);
-      const auto first = static_cast<int>(from - b * kKeyTokens), last = static_cast<int>(to - b * kKeyTokens);
-      for (int i = 0; i < kKeyTokens; ++i) {
-        s[i] = i >= first && i < last ? s[i] : kMinusInfinity;
-        lanes[i] = s[i] > lanes[i] ? s[i] : lanes[i];
-      }
-    }
-    for (int i = 0; i < kKeyTokens; ++i) largest = lanes[i] > largest ? lanes[i] : largest;
-    for (int i = 0; i < kKeyTokens; ++i) lanes[i] = 0.0f;
+    float* s = job.scores + row * kKeyTokens;
+    const float largest = largest_score(job, row, s);
+    const float shift = largest == kMinusInfinity ? 0.0f : largest;  // a row that sees nothing, or NaN alone
     // From one block on, so that the sum does not depend on how many blocks of zeros come behind the row's last token.
-    for (std::int64_t b = 0; b < blocks; ++b) {
-      float* s = scores + b * stride;
-      soften_block(s, largest);
-      for (int i = 0; i < kKeyTokens; ++i) lanes[i] += s[i];
+    auto lanes = Lanes::all(0.0f);
+    for (std::int64_t b = blocks_of(job.tokens); b > 0; --b, s += job.rows * kKeyTokens) {
+      fetch.next(lines);
+      auto weights = Lanes::load(s);
+      weights.soften(shift);
+      lanes.add(weights);
+      weights.store(s);
     }
-    for (int i = 0; i < kKeyTokens; ++i) sum += lanes[i];
-    job.max[row] = largest;
+    float each[kKeyTokens], sum = 0.0f;
+    lanes.store(each);
+    for (int i = 0; i < kKeyTokens; ++i) sum += each[i];
+    job.max[row] = sum == sum ? largest : sum;  // NaN counts as seen
     job.sum[row] = sum;
   }
 }

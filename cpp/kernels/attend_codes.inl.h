@@ -2,11 +2,7 @@
 // once an ISA.
 //
 // A block of 16 keys is a panel of LQ16 whose rows are tokens, so the scores are a qgemm with the query rows for
-// tokens. The weighted sum of values is in integers, too: a row's weights, each times its value's scale, become 15-bit
-// integers with one scale a part, and products of 16 bits are summed exactly over the part.
-
-constexpr int kWeightRows = 24;  // whose integer weights are held at a time
-constexpr float kWeightSteps = 32767.0f;
+// tokens. For the weighted sum of values see attend_values.inl.h.
 
 // The half nearest to x.
 template <class Isa>
@@ -121,157 +117,113 @@ void append_value_codes(const KvRows& values, std::int64_t token, const float* v
   }
 }
 
+// Codes of a block of 16 keys. Memory is asked for them elsewhere.
 template <class Isa, int kBits>
-void key_scores_of_codes(const ScoreJob& job) {
-  float* out = job.out;
-  for (std::int64_t token = job.tokens.begin; token < job.tokens.end; token += kKeyTokens) {
-    for (std::int64_t i = 0; i < job.rows * kKeyTokens; ++i) out[i] = 0.0f;
-    const std::int64_t grid_at = key_grid_at(job.keys, token);
-    const Cursor<1> at{.codes = {key_codes_of<kBits>(job.keys, token)},
-                       .scales = {scales_of(job.keys, token) + grid_at},
-                       .zeros = {kBits < 8 ? zeros_of(job.keys, token) + grid_at : nullptr},
-                       .q = job.codes.q,
-                       .x_scale = job.codes.scale,
-                       .total = job.codes.total,
-                       .stride = job.codes.stride,
-                       .x_groups = job.codes.groups,
-                       .columns = job.keys.dim,
-                       .group = kKeyGroup,
-                       .share = 1,
-                       .left = 1,
-                       .mid = 128};
-    run_tiles<Isa, kBits, FromPanel<Isa, kBits>, 1, Isa::kTileTokens>(static_cast<int>(job.rows), at, out);
-    out += job.rows * kKeyTokens;
-  }
-}
-
-// Some rows' weights over the tokens of a job, times the scales of the values' column group: ~ step * codes. The step
-// is NaN where a scale is.
-struct RoundedWeights {
-  alignas(64) std::int16_t codes[kWeightRows][kPartTokens];
-  float steps[kWeightRows];
-  std::int32_t offset[kWeightRows];  // minus the sum of code * zero
+struct FromBlock : FromPanel<Isa, kBits> {
+  static LLMQ_INLINE void prefetch(const std::uint8_t*) {}
 };
 
-template <class Isa>
-void round_weights(const ValueJob& job, std::int64_t row, std::int64_t group, int slot, RoundedWeights& to) {
-  alignas(64) float x[kPartTokens];
-  int n = 0;
-  for (std::int64_t token = job.tokens.begin; token < job.tokens.end; token += kKeyTokens, n += kKeyTokens) {
-    const float* weights = job.weights + (n / kKeyTokens * job.rows + row) * kKeyTokens;
-    const std::int64_t at = group * job.values.page_tokens() + job.values.slot(token);
-    const std::uint16_t* scales = scales_of(job.values, token) + at;
+template <class Isa, int kBits, int kRows>
+struct ScoreTile {
+  using D = Dot<kBits>;
+  using Sums = Dots<Isa, kBits, FromBlock<Isa, kBits>, 1, kRows>;
+  static constexpr int kVectors = Sums::kVectors;
+  using Ints = typename Isa::Ints[kRows][kVectors];
+  using Floats = typename Isa::Floats[kRows][kVectors];
+};
+
+// Keys with scales by token: a group of 32 columns has one a token.
+template <class Isa, int kBits, int kRows>
+struct ByToken {
+  using T = ScoreTile<Isa, kBits, kRows>;
+  static constexpr int kGroup = kKeyGroup;
+
+  const ScoreJob& job;
+  std::int64_t row;
+
+  LLMQ_INLINE ByToken(const ScoreJob& of, std::int64_t first, std::int64_t) : job(of), row(first) {}
+  static LLMQ_INLINE float start(int) { return 0.0f; }
+
+  // sum += float(acc - zero * sum(q)) * (key scale * query scale)
+  LLMQ_INLINE void add_scaled(std::int64_t token, std::int64_t g, const typename T::Ints& acc,
+                              typename T::Floats& sum) const {
+    const std::int64_t at = key_grid_at(job.keys, token) + g * kKeyTokens;
+    const std::uint16_t* scales = scales_of(job.keys, token) + at;
+    const std::uint8_t* zeros = kBits < 8 ? zeros_of(job.keys, token) + at : nullptr;
+    typename Isa::Ints zero[T::kVectors];
+    typename Isa::Floats scale[T::kVectors];
     LLMQ_UNROLL
-    for (int i = 0; i < kKeyTokens; i += Isa::kRows) {
-      Isa::store(x + n + i, Isa::mul(Isa::load(weights + i), Isa::halves_to_floats(scales + i)));
+    for (int v = 0; v < T::kVectors; ++v) {
+      zero[v] = Isa::offset_minus_zeros(T::D::kOffset, kBits < 8 ? zeros + v * Isa::kRows : nullptr, 128);
+      scale[v] = Isa::halves_to_floats(scales + v * Isa::kRows);
     }
-  }
-  const std::uint32_t bits = max_magnitude_bits(x, n);
-  const float largest = bits_to_float(bits);
-  const bool usable = bits < 0x7f800000u && largest >= kTinyGroup;
-  const float inverse = usable ? kWeightSteps / largest : 0.0f;
-  std::int16_t* codes = to.codes[slot];
-  for (int i = 0; i < n; ++i) {
-    const std::uint32_t code = float_to_bits((usable ? x[i] : 0.0f) * inverse + kRoundingMagic);
-    codes[i] = static_cast<std::int16_t>(code & 0xffffu);
-  }
-  to.steps[slot] = bits >= 0x7f800000u ? bits_to_float(0x7fc00000u) : usable ? largest / kWeightSteps : 0.0f;
-}
-
-std::int32_t weighted_zeros(const ValueJob& job, std::int64_t group, const std::int16_t* codes) {
-  std::int32_t sum = 0;
-  for (std::int64_t token = job.tokens.begin; token < job.tokens.end; token += kKeyTokens, codes += kKeyTokens) {
-    const std::uint8_t* zeros = zeros_of(job.values, token) + group * job.values.page_tokens() + job.values.slot(token);
-    for (int i = 0; i < kKeyTokens; ++i) sum += codes[i] * zeros[i];
-  }
-  return sum;
-}
-
-// The codes of 16 columns over the tokens of a job, a byte each: [pairs][16][2]. 8-bit codes are read where they lie.
-template <class Isa, int kBits>
-LLMQ_INLINE void unpack_values(const ValueJob& job, std::int64_t column, std::uint8_t* out) {
-  const int shift = shift_of<kBits>(column);
-  for (std::int64_t token = job.tokens.begin; token < job.tokens.end; token += kKeyTokens) {
-    const std::uint8_t* packed = value_codes_of<kBits>(job.values, token, column);
-    for (int byte = 0; byte < kKeyTokens / 2 * kPairBytes; byte += 4 * Isa::kRows, out += 4 * Isa::kRows) {
-      Isa::store_bytes(out, Isa::bits_at(Isa::load_bytes(packed + byte), shift, (1 << kBits) - 1));
-    }
-  }
-}
-
-// sum[row] += weights of kRows rows . codes of 16 columns, over `tokens` tokens.
-template <class Isa, int kRows, int kVectors>
-LLMQ_INLINE void add_codes(const std::int8_t* codes, int tokens, const std::int16_t* weights,
-                           typename Isa::Ints (&sum)[kRows][kVectors]) {
-  for (int t = 0; t < tokens; t += 2, weights += 2, codes += 2 * kHeadPadding) {
-    typename Isa::Pairs value[kVectors];
-    LLMQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) value[v] = Isa::load_pairs(codes + v * 2 * Isa::kRows);
     LLMQ_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const auto weight = Isa::broadcast_pair(weights + r * kPartTokens);
+      const std::int64_t from = (row + r) * job.codes.groups + g;
+      const auto q_scale = Isa::set_floats(job.codes.scale[from]);
+      const auto total = Isa::set_ints(job.codes.total[from]);
       LLMQ_UNROLL
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = Isa::add_pairs(sum[r][v], value[v], weight);
+      for (int v = 0; v < T::kVectors; ++v) {
+        // Products of 8-bit codes less 128 need no correction.
+        const auto dot = kBits == 8 && T::D::kOffset == 128 ? acc[r][v] : Isa::add_product(acc[r][v], zero[v], total);
+        sum[r][v] = Isa::add(sum[r][v], Isa::mul(Isa::to_floats(dot), Isa::mul(scale[v], q_scale)));
+      }
+    }
+  }
+};
+
+// Scores of kRows query rows from `row` on and of tokens that Scales is for.
+template <class Isa, int kBits, template <class, int, int> class Scales, int kRows>
+__attribute__((noinline)) void score_codes(const ScoreJob& job, Range tokens, std::int64_t row, Fetch& fetch,
+                                           std::int64_t lines) {
+  using T = ScoreTile<Isa, kBits, kRows>;
+  constexpr int kGroup = Scales<Isa, kBits, kRows>::kGroup;
+  const Scales<Isa, kBits, kRows> scales(job, row, tokens.begin);
+  const std::int64_t groups = job.codes.groups, last = job.keys.dim - (groups - 1) * kGroup;
+  float* out = job.out + ((tokens.begin - job.tokens.begin) / kKeyTokens * job.rows + row) * kKeyTokens;
+  for (std::int64_t token = tokens.begin; token < tokens.end; token += kKeyTokens, out += job.rows * kKeyTokens) {
+    fetch.next(lines);
+    typename T::Sums dots({key_codes_of<kBits>(job.keys, token)}, job.codes.q + row * job.codes.stride,
+                          job.codes.stride);
+    typename T::Floats sum;
+    LLMQ_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      LLMQ_UNROLL
+      for (int v = 0; v < T::kVectors; ++v) sum[r][v] = Isa::set_floats(scales.start(r));
+    }
+    for (std::int64_t g = 0; g < groups; ++g) {
+      typename T::Ints acc;
+      LLMQ_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        LLMQ_UNROLL
+        for (int v = 0; v < T::kVectors; ++v) acc[r][v] = Isa::set_ints(0);
+      }
+      // Whole blocks: what lies behind the last column counts 0 in the query.
+      if (kGroup > kBlockColumns && g == groups - 1 && last <= kBlockColumns) {
+        dots.add_group(kBlockColumns, acc);
+      } else {
+        dots.add_group(kGroup, acc);
+      }
+      scales.add_scaled(token, g, acc, sum);
+    }
+    LLMQ_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      LLMQ_UNROLL
+      for (int v = 0; v < T::kVectors; ++v) Isa::store(out + r * kKeyTokens + v * Isa::kRows, sum[r][v]);
     }
   }
 }
 
-// acc[row][16] += weights . values of the 16 columns from `column` on, for kRows query rows from `row` on among those
-// rounded. No sum overflows: a part's is at most 128 * 32767 * 128 < 2^31.
-template <class Isa, int kBits, int kRows>
-LLMQ_INLINE void add_strip(const ValueJob& job, std::int64_t column, const std::uint8_t* unpacked,
-                           const RoundedWeights& weights, std::int64_t row, float* acc) {
-  constexpr int kVectors = kHeadPadding / Isa::kRows;
-  typename Isa::Ints sum[kRows][kVectors];
-  LLMQ_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    LLMQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) sum[r][v] = Isa::set_ints(weights.offset[row + r]);
-  }
-  const std::int16_t* codes = weights.codes[row];
-  if constexpr (kBits < 8) {
-    add_codes<Isa, kRows, kVectors>(reinterpret_cast<const std::int8_t*>(unpacked),
-                                    static_cast<int>(job.tokens.end - job.tokens.begin), codes, sum);
-  } else {
-    for (std::int64_t token = job.tokens.begin; token < job.tokens.end;) {
-      const int here =
-          lesser(job.tokens.end - token, static_cast<int>(job.values.page_tokens() - job.values.slot(token)));
-      const auto* values = reinterpret_cast<const std::int8_t*>(value_codes_of<kBits>(job.values, token, column));
-      add_codes<Isa, kRows, kVectors>(values, here, codes + (token - job.tokens.begin), sum);
-      token += here;
-    }
-  }
-  LLMQ_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    LLMQ_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      float* to = acc + r * job.values.padded + v * Isa::kRows;
-      const auto product = Isa::mul(Isa::to_floats(sum[r][v]), Isa::set_floats(weights.steps[row + r]));
-      Isa::store(to, Isa::add(Isa::load(to), product));
-    }
-  }
+// All rows' scores. Memory is asked for what is ahead while the first rows are computed.
+template <class Isa, int kBits, template <class, int, int> class Scales>
+LLMQ_INLINE void score_all_rows(const ScoreJob& job, Range tokens, Fetch& fetch, std::int64_t lines) {
+  for_row_tiles<Isa::kTileTokens>(job.rows, [&]<int kRows>(std::int64_t row) __attribute__((always_inline)) {
+    score_codes<Isa, kBits, Scales, kRows>(job, tokens, row, fetch, row == 0 ? lines : 0);
+  });
 }
 
 template <class Isa, int kBits>
-void sum_values_of_codes(const ValueJob& job) {
-  RoundedWeights weights;
-  alignas(64) std::uint8_t unpacked[kBits < 8 ? kPartTokens * kHeadPadding : 1];
-  for (std::int64_t first = 0; first < job.rows; first += kWeightRows) {
-    const int rows = lesser(job.rows - first, kWeightRows);
-    for (std::int64_t g = 0; g < job.values.groups(); ++g) {
-      for (int r = 0; r < rows; ++r) {
-        round_weights<Isa>(job, first + r, g, r, weights);
-        weights.offset[r] = kBits < 8 ? -weighted_zeros(job, g, weights.codes[r]) : 0;
-      }
-      const std::int64_t begin = g * job.values.group,
-                         end = begin + lesser(job.values.padded - begin, static_cast<int>(job.values.group));
-      for (std::int64_t column = begin; column < end; column += kHeadPadding) {
-        if constexpr (kBits < 8) unpack_values<Isa, kBits>(job, column, unpacked);
-        for_row_tiles<kAttendTile<Isa>>(rows, [&]<int kRows>(std::int64_t r) __attribute__((always_inline)) {
-          add_strip<Isa, kBits, kRows>(job, column, unpacked, weights, r,
-                                       job.acc + (first + r) * job.values.padded + column);
-        });
-      }
-    }
-  }
+void key_scores_of_codes(const ScoreJob& job) {
+  Fetch fetch(job.ahead);
+  score_all_rows<Isa, kBits, ByToken>(job, job.tokens, fetch, lines_a_step(fetch, blocks_of(job.tokens)));
 }

@@ -69,65 +69,89 @@ void store_key_page(const KvRows& keys, Range tokens, const float* x) {
   }
 }
 
-// Query rows times the scales of the page that `token` lies in, as int8; `total` becomes the sum of each code times its
-// column's zero.
+// n columns of a query row times the scales of a page, as int8; `total` becomes the sum of each code times its column's
+// zero.
+template <class Isa>
+LLMQ_INLINE void fold_group(const float* q, const std::uint16_t* scales, const std::uint8_t* zeros, int n,
+                            std::int8_t* codes, float* scale, std::int32_t* total) {
+  alignas(64) float x[kColumnGroup];
+  int i = 0;
+  for (; i + Isa::kRows <= n; i += Isa::kRows) {
+    Isa::store(x + i, Isa::mul(Isa::load(q + i), Isa::halves_to_floats(scales + i)));
+  }
+  for (; i < n; ++i) x[i] = q[i] * half_to_float(scales[i]);
+  std::int32_t sum = 0;
+  round_columns(x, n, codes, scale, &sum);
+  sum = 0;
+  for (i = 0; i < n; ++i) sum += codes[i] * zeros[i];
+  *total = sum;
+}
+
+// All query rows for the page that `token` lies in.
 template <class Isa>
 void fold_scales(const ScoreJob& job, std::int64_t token) {
   const QuantizedRows& to = job.codes;
   const std::uint16_t* scales = scales_of(job.keys, token);
   const std::uint8_t* zeros = zeros_of(job.keys, token);
-  alignas(64) float x[kColumnGroup];
   for (std::int64_t row = 0; row < job.rows; ++row) {
     std::int8_t* codes = to.q + row * to.stride;
     for (std::int64_t g = 0; g < to.groups; ++g) {
       const std::int64_t first = g * kColumnGroup, at = row * to.groups + g;
       const int n = lesser(job.keys.dim - first, kColumnGroup);
       const float* q = job.q[row] + first;
-      int i = 0;
-      for (; i + Isa::kRows <= n; i += Isa::kRows) {
-        Isa::store(x + i, Isa::mul(Isa::load(q + i), Isa::halves_to_floats(scales + first + i)));
+      if (n == kColumnGroup) {  // the compiler unrolls
+        fold_group<Isa>(q, scales + first, zeros + first, kColumnGroup, codes + first, to.scale + at, to.total + at);
+      } else {
+        fold_group<Isa>(q, scales + first, zeros + first, n, codes + first, to.scale + at, to.total + at);
       }
-      for (; i < n; ++i) x[i] = q[i] * half_to_float(scales[first + i]);
-      quantize_group(x, n, codes + first, to.scale + at, to.total + at);
-      std::int32_t sum = 0;
-      for (i = 0; i < n; ++i) sum += codes[first + i] * zeros[first + i];
-      to.total[at] = sum;
     }
     for (std::int64_t column = job.keys.dim; column < to.stride; ++column) codes[column] = 0;
   }
 }
 
-constexpr std::uint16_t kHalfOnes[kKeyTokens] = {0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00,
-                                                 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00, 0x3c00};
+// Keys with scales by column, of a page whose scales are folded into the query.
+template <class Isa, int kBits, int kRows>
+struct ByColumn {
+  using T = ScoreTile<Isa, kBits, kRows>;
+  static_assert(T::D::kOffset == 0);
+  static constexpr int kGroup = kColumnGroup;
+
+  const ScoreJob& job;
+  std::int64_t row;
+  float starts[kRows];  // what the zeros contribute
+
+  LLMQ_INLINE ByColumn(const ScoreJob& of, std::int64_t first, std::int64_t) : job(of), row(first) {
+    for (int r = 0; r < kRows; ++r) {
+      starts[r] = 0.0f;
+      for (std::int64_t g = (row + r) * job.codes.groups; g < (row + r + 1) * job.codes.groups; ++g) {
+        starts[r] -= static_cast<float>(job.codes.total[g]) * (job.codes.scale[g] / kZeroSteps<kBits>);
+      }
+    }
+  }
+  LLMQ_INLINE float start(int r) const { return starts[r]; }
+
+  LLMQ_INLINE void add_scaled(std::int64_t, std::int64_t g, const typename T::Ints& acc,
+                              typename T::Floats& sum) const {
+    LLMQ_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const auto q_scale = Isa::set_floats(job.codes.scale[(row + r) * job.codes.groups + g]);
+      LLMQ_UNROLL
+      for (int v = 0; v < T::kVectors; ++v) {
+        sum[r][v] = Isa::add(sum[r][v], Isa::mul(Isa::to_floats(acc[r][v]), q_scale));
+      }
+    }
+  }
+};
 
 template <class Isa, int kBits>
 void key_scores_of_columns(const ScoreJob& job) {
-  float* out = job.out;
-  for (std::int64_t token = job.tokens.begin; token < job.tokens.end; token += kKeyTokens) {
-    if (token == job.tokens.begin || job.keys.slot(token) == 0) fold_scales<Isa>(job, token);
-    for (std::int64_t row = 0; row < job.rows; ++row) {
-      float start = 0.0f;
-      for (std::int64_t g = row * job.codes.groups; g < (row + 1) * job.codes.groups; ++g) {
-        start -= static_cast<float>(job.codes.total[g]) * (job.codes.scale[g] / kZeroSteps<kBits>);
-      }
-      for (int i = 0; i < kKeyTokens; ++i) out[row * kKeyTokens + i] = start;
-    }
-    // Symmetric around 0, so that the totals do not count again.
-    const Cursor<1> at{.codes = {key_codes_of<kBits>(job.keys, token)},
-                       .scales = {kHalfOnes},
-                       .zeros = {nullptr},
-                       .q = job.codes.q,
-                       .x_scale = job.codes.scale,
-                       .total = job.codes.total,
-                       .stride = job.codes.stride,
-                       .x_groups = job.codes.groups,
-                       .columns = job.keys.dim,
-                       .group = kColumnGroup,
-                       .share = 1,
-                       .left = kNever,
-                       .mid = 0};
-    run_tiles<Isa, kBits, FromPanel<Isa, kBits>, 1, Isa::kTileTokens>(static_cast<int>(job.rows), at, out);
-    out += job.rows * kKeyTokens;
+  Fetch fetch(job.ahead);
+  const std::int64_t lines = lines_a_step(fetch, blocks_of(job.tokens));
+  for (Range page = job.tokens; page.begin < job.tokens.end; page.begin = page.end) {
+    page.end = page.begin + lesser(job.tokens.end - page.begin,
+                                   static_cast<int>(job.keys.page_tokens() - job.keys.slot(page.begin)));
+    fold_scales<Isa>(job, page.begin);
+    score_all_rows<Isa, kBits, ByColumn>(job, page, fetch, lines);
   }
 }
 

@@ -4,19 +4,26 @@
 
 // exp(x) for -88 <= x <= 88, relative error below 2^-22: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial for e^r. Where n
 // is -127 (below -87.7, e^x is no normal float) the bits of 2^n are those of 0, and so is the result.
-LLMQ_INLINE float exp_within_88(float x) {
+// Of floats, or of vectors of them.
+template <class Floats = float, class Bits = std::uint32_t>
+LLMQ_INLINE Floats exp_within_88(Floats x) {
   constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  const float shifted = x * 1.44269504f + kMagic;
-  const float n = shifted - kMagic;
-  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  float p = 1.0f / 720;
-  p = p * r + 1.0f / 120;
+  const Floats shifted = x * 1.44269504f + kMagic;
+  const Floats n = shifted - kMagic;
+  const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Floats p = r * (1.0f / 720) + 1.0f / 120;
   p = p * r + 1.0f / 24;
   p = p * r + 1.0f / 6;
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return p * bits_to_float((float_to_bits(shifted) - float_to_bits(kMagic) + 127u) << 23);
+  constexpr std::uint32_t kMagicBits = 0x4b400000u;
+  Bits bits;
+  __builtin_memcpy(&bits, &shifted, sizeof bits);
+  bits = (bits - kMagicBits + 127u) << 23;
+  Floats power;
+  __builtin_memcpy(&power, &bits, sizeof power);
+  return p * power;
 }
 
 // exp(x) for float x. Below -87 the result is that of -87 (1.6e-38), above 88 that of 88; NaN stays NaN.

@@ -72,27 +72,25 @@ struct Cursor {
   int mid;
 };
 
-// kTokens tokens against kPanels panels.
+// Dot products of kTokens tokens with the rows of kPanels panels.
 template <class Isa, int kBits, class Source, int kPanels, int kTokens>
-struct Tile {
+struct Dots {
   using D = Dot<kBits>;
   using Ints = typename Isa::Ints;
-  using Floats = typename Isa::Floats;
   static constexpr int kPerPanel = kPanelRows / Isa::kRows;
   static constexpr int kVectors = kPanels * kPerPanel;
   // One token has too few sums to hide the latency of a long dot product: each is cut into several.
   static constexpr int kChains = kTokens == 1 ? D::kChains : 1;
 
-  Cursor<kPanels> at;
   const std::uint8_t* codes[kPanels];
   const std::int8_t* x[kTokens];
 
-  LLMQ_INLINE explicit Tile(const Cursor<kPanels>& from) : at(from) {
+  LLMQ_INLINE Dots(const std::uint8_t* const (&panels)[kPanels], const std::int8_t* q, std::int64_t stride) {
     LLMQ_UNROLL
-    for (int p = 0; p < kPanels; ++p) codes[p] = at.codes[p];
+    for (int p = 0; p < kPanels; ++p) codes[p] = panels[p];
     LLMQ_UNROLL
     for (int t = 0; t < kTokens; ++t) {
-      x[t] = at.q + t * at.stride;
+      x[t] = q + t * stride;
       __asm__(""
               : "+r"(x[t]));  // a register a token: left alone, the compiler adds multiples of the stride at every load
     }
@@ -149,6 +147,21 @@ struct Tile {
       for (int p = 0; p < kPanels; ++p) codes[p] += span * Source::kBlockBytes;
     }
   }
+};
+
+// kTokens tokens against kPanels panels.
+template <class Isa, int kBits, class Source, int kPanels, int kTokens>
+struct Tile : Dots<Isa, kBits, Source, kPanels, kTokens> {
+  using Base = Dots<Isa, kBits, Source, kPanels, kTokens>;
+  using D = Dot<kBits>;
+  using Ints = typename Isa::Ints;
+  using Floats = typename Isa::Floats;
+  static constexpr int kPerPanel = Base::kPerPanel;
+  static constexpr int kVectors = Base::kVectors;
+
+  Cursor<kPanels> at;
+
+  LLMQ_INLINE explicit Tile(const Cursor<kPanels>& from) : Base(from.codes, from.q, from.stride), at(from) {}
 
   // sum += float(acc - zero * sum(x)) * (weight scale * activation scale)
   LLMQ_INLINE void add_scaled(const Ints (&acc)[kTokens][kVectors], Floats (&sum)[kTokens][kVectors]) const {
@@ -203,7 +216,7 @@ struct Tile {
           LLMQ_UNROLL
           for (int v = 0; v < kVectors; ++v) acc[groups][t][v] = Isa::set_ints(0);
         }
-        add_group(at.columns < at.group ? at.columns : at.group, acc[groups]);
+        this->add_group(at.columns < at.group ? at.columns : at.group, acc[groups]);
         at.columns -= at.group;
       }
       for (int g = 0; g < groups; ++g, next_group()) add_scaled(acc[g], sum);

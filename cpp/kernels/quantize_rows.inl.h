@@ -7,7 +7,7 @@ constexpr float kTinyGroup = 0x1p-100f;
 constexpr float kRoundingMagic = 12582912.0f;
 
 // Largest |x| as float bits: non-negative floats order like their bits, and NaN and infinity come out on top.
-std::uint32_t max_magnitude_bits(const float* x, int n) {
+LLMQ_INLINE std::uint32_t max_magnitude_bits(const float* x, int n) {
   std::int32_t largest = 0;
   for (int i = 0; i < n; ++i) {
     const std::int32_t magnitude = static_cast<std::int32_t>(float_to_bits(x[i]) & 0x7fffffffu);
@@ -17,7 +17,7 @@ std::uint32_t max_magnitude_bits(const float* x, int n) {
 }
 
 // q = round(x * inverse), ties to even; returns the sum of q. |x * inverse| <= 127 * (1 + 2^-22), so q needs no clamp.
-std::int32_t round_group(const float* x, int n, float inverse, std::int8_t* q) {
+LLMQ_INLINE std::int32_t round_group(const float* x, int n, float inverse, std::int8_t* q) {
   std::int32_t total = 0;
   for (int i = 0; i < n; ++i) {
     const std::int32_t code = static_cast<std::int32_t>(float_to_bits(x[i] * inverse + kRoundingMagic) & 0xffu);
@@ -28,7 +28,8 @@ std::int32_t round_group(const float* x, int n, float inverse, std::int8_t* q) {
   return total;
 }
 
-void quantize_group(const float* x, int n, std::int8_t* q, float* scale, std::int32_t* total) {
+// Inlined where n is known.
+LLMQ_INLINE void round_columns(const float* x, int n, std::int8_t* q, float* scale, std::int32_t* total) {
   const std::uint32_t bits = max_magnitude_bits(x, n);
   const float amax = bits_to_float(bits);
   if (bits >= 0x7f800000u || amax < kTinyGroup) {
@@ -40,6 +41,10 @@ void quantize_group(const float* x, int n, std::int8_t* q, float* scale, std::in
   }
   *scale = amax / 127.0f;
   *total = round_group(x, n, 127.0f / amax, q);
+}
+
+void quantize_group(const float* x, int n, std::int8_t* q, float* scale, std::int32_t* total) {
+  round_columns(x, n, q, scale, total);
 }
 
 void quantize_rows(const float* x, Range rows, std::int64_t k, std::int64_t group, const QuantizedRows& out) {

@@ -11,6 +11,7 @@
 //   take_rows n= k= group= bits= zeros= mid= count=
 //         q, scale, zero as above, ids i64[count], expected f32[count, k]
 //   model ...: see replay_model.cpp; the logits may differ by the tolerance that the case states
+//   attend ...: see replay_attend.cpp; the same
 // with G = ceil(k / group). A new kind is a function and a row of kKinds.
 #include <cstdint>
 #include <cstdlib>
@@ -77,7 +78,8 @@ struct Kind {
   void (*replay)(const Case&);
 };
 
-constexpr Kind kKinds[] = {{"qgemm", replay_qgemm}, {"take_rows", replay_take_rows}, {"model", replay_model}};
+constexpr Kind kKinds[] = {
+    {"qgemm", replay_qgemm}, {"take_rows", replay_take_rows}, {"model", replay_model}, {"attend", replay_attend}};
 
 void replay_case(const std::string& line, std::istream& file) {
   std::istringstream words(line);

@@ -62,5 +62,6 @@ inline Weights read_weights(const Case& c) {
 }
 
 void replay_model(const Case& c);
+void replay_attend(const Case& c);
 
 }  // namespace llmq::replay
