@@ -32,7 +32,7 @@ def _stored(reader: WeightReader, block: Mapping[str, Any], name: str, where: st
     if missing:
         raise ValueError(f"{where}: {name} lacks {', '.join(missing)}")
     shape = reader.shape(full["weight"])
-    if len(shape) != 2 or shape[1] * 32 % bits:
+    if len(shape) != 2 or not shape[1] or shape[1] * 32 % bits:
         raise ValueError(f"{where}: {full['weight']} has shape {shape}; rows of {bits}-bit codes were expected")
     n, k = shape[0], shape[1] * 32 // bits
     scheme = QuantScheme(bits, size)
