@@ -33,8 +33,8 @@ def _stored(reader: WeightReader, name: str, said: int, version: str, where: str
     full = {suffix: f"{name}.{suffix}" for suffix in SUFFIXES}
     at = f"{where}: {name}"
     for key in full.values():
-        if len(reader.shape(key)) != 2:
-            raise ValueError(f"{where}: {key} has shape {reader.shape(key)}; a matrix was expected")
+        if len(reader.shape(key)) != 2 or 0 in reader.shape(key):
+            raise ValueError(f"{where}: {key} has shape {reader.shape(key)}; a matrix with elements was expected")
     if reader.dtype(full["qzeros"]) not in (torch.int32, torch.uint32):
         raise ValueError(f"{where}: {full['qzeros']} is {reader.dtype(full['qzeros'])}; 32-bit words were expected")
     rows, columns = reader.shape(full["qweight"])
