@@ -184,10 +184,14 @@ def test_unknown_steps_are_named():
 
 def test_damping_is_chosen_by_held_out_loss():
     W, train, held, scheme = weights(), statistics(), statistics(seed=8), QuantScheme(3, 32)
-    _, best = recipe.solve("x", W, train, held, scheme, GPTQConfig(), RecipeConfig("best"))
-    each = {}
-    for d in recipe.DAMPINGS:
-        _, report = recipe.solve("x", W, train, held, scheme, GPTQConfig(percdamp=d), RecipeConfig("balanced"))
-        each[d] = report["losses"][-1][1]
-    assert best["percdamp"] == pytest.approx(min(each, key=each.get))
-    assert best["losses"][-1][1] == min(each.values())
+
+    def solved(recipe_cfg, percdamp=GPTQConfig().percdamp):
+        report = recipe.solve("x", W, train, held, scheme, GPTQConfig(percdamp=percdamp), recipe_cfg)[1]
+        return report["percdamp"], report["losses"][-1][1]
+
+    each = {d: solved(RecipeConfig("balanced"), d)[1] for d in recipe.DAMPINGS}
+    damping = min(each, key=each.get)
+    percdamp, loss = solved(RecipeConfig(only="target,refit,descent,damping"))
+    assert (percdamp, loss) == (pytest.approx(damping), each[damping])
+    # With restarts the damping is chosen before them.
+    assert solved(RecipeConfig("best")) == solved(RecipeConfig(only="target,refit,descent,restarts"), damping)
