@@ -45,11 +45,11 @@ def search_grid(
         return minmax_grid(W, scheme)
     slices = scheme.slices(W.shape[1])
     blocks = [H[s, s].float().contiguous() for s in slices]
+    shares = _shares(scheme, steps, ends_apart)
 
     def search_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
         found = [
-            _search_group(rows[:, s].contiguous(), Hg, scheme, _shares(scheme, steps, ends_apart))
-            for s, Hg in zip(slices, blocks, strict=True)
+            _search_group(rows[:, s].contiguous(), Hg, scheme, shares) for s, Hg in zip(slices, blocks, strict=True)
         ]
         return torch.stack([scale for scale, _ in found], 1), torch.stack([zero for _, zero in found], 1)
 

@@ -93,12 +93,9 @@ def _solve_damped(
     state = State.of(solved)
     report.losses.append(("gptq", judge.loss(state.W_hat) / power))
     if "restarts" in steps:
-        chosen = [_STEPS[s] for s in _STEPS if s in steps]
 
         def polish(state: State) -> State:
-            for step in chosen:
-                state = step(state, objective, scheme)
-            return state
+            return _round(state, objective, scheme, steps)
 
         new = restarted(state, target, prepared, objective, scheme, cfg, polish)
         state = _kept("restarts", state, new, judge, power, report)
@@ -116,6 +113,14 @@ def _kept(name: str, state: State, new: State, judge: Objective, power: float, r
     return state
 
 
+def _round(state: State, objective: Objective, scheme: QuantScheme, chosen: tuple[str, ...]) -> State:
+    """One round of the chosen polishing steps."""
+    for name, step in _STEPS.items():
+        if name in chosen:
+            state = step(state, objective, scheme)
+    return state
+
+
 def _polish(
     state: State,
     objective: Objective,
@@ -129,9 +134,7 @@ def _polish(
     best = judge.loss(state.W_hat)
     steps = [s for s in _STEPS if s in chosen]
     for _ in range(ROUNDS if steps else 0):
-        new = state
-        for step in steps:
-            new = _STEPS[step](new, objective, scheme)
+        new = _round(state, objective, scheme, chosen)
         loss = judge.loss(new.W_hat)
         name, gain = " + ".join(steps), best - loss
         if not gain > 0:
