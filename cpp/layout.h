@@ -25,7 +25,7 @@
 namespace llmq {
 
 constexpr std::uint32_t kMagic = 0x3631514c;  // "LQ16" in memory
-constexpr std::uint32_t kLayoutVersion = 2;
+constexpr std::uint32_t kLayoutVersion = 3;
 
 struct Header {
   std::uint32_t magic, version;
@@ -46,9 +46,9 @@ struct Layout {
   // Throws std::invalid_argument for a shape or grid that cannot be packed.
   Layout(std::int64_t n, std::int64_t k, std::int64_t source_group, int bits, bool has_zero, int mid);
 
-  // Columns over which int8 activations share a scale, at most. 8-bit weights are chosen for fidelity: with 128 the
-  // activations would cost more than the weights do.
-  std::int64_t max_group() const { return bits == 8 ? 32 : 128; }
+  // Columns over which int8 activations share a scale, at most: what rounding them costs must be small beside what the
+  // weights' bits cost. The pieces of a wider group of the weights share its scale, which is stored once.
+  std::int64_t max_group() const { return bits == 8 ? 32 : 64; }
   std::int64_t group() const { return source_group < max_group() ? source_group : max_group(); }
   std::int64_t groups() const { return (k + group() - 1) / group(); }
   std::int64_t source_groups() const { return (k + source_group - 1) / source_group; }

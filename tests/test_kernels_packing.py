@@ -171,7 +171,7 @@ def test_a_weight_packed_for_the_reference_is_the_qtensor_and_either_form_runs_a
     ("offset", "message"),
     [
         (0, "does not start with 'LQ16'"),
-        (4, "layout version 255, expected 2"),
+        (4, "layout version 255, expected 3"),
         (8, "rows 255, expected 20"),
         (16, "columns 255, expected 70"),
         (24, r"bytes \d+, expected \d+"),
@@ -215,7 +215,7 @@ def test_data_that_cannot_be_a_packed_weight_is_refused() -> None:
         ({"n": 0}, "at least one row and column, got 0 x 64"),
         ({"bits": 5}, "bits of a code are 5; the kernels read 2, 3, 4 and 8"),
         ({"source_group": 48}, "group size 48 is neither the whole row nor a multiple of 32"),
-        ({"source_group": 160, "k": 500}, "group size 160 is above 128 and no multiple of it"),
+        ({"source_group": 160, "k": 500}, "group size 160 is above 64 and no multiple of it"),
     ],
 )
 def test_layouts_that_the_kernels_cannot_read_are_refused(change: dict[str, int], message: str) -> None:

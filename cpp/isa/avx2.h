@@ -16,6 +16,7 @@ template <int kBits>
 struct Dot {
   static constexpr int kSpanBlocks = kBits == 2 ? 4 : kBits == 3 ? 2 : 1;
   static constexpr int kChains = 1;
+  static constexpr bool kWide = false;
   // Unpacking 4 or 2 bits again for each tile costs less than reading them unpacked.
   static constexpr int kUnpackTokens = kBits == 3 ? 8 : kNever;
   static constexpr int kOffset = 0;
@@ -40,6 +41,7 @@ template <>
 struct Dot<8> {
   static constexpr int kSpanBlocks = 4;
   static constexpr int kChains = 1;
+  static constexpr bool kWide = true;
   static constexpr int kUnpackTokens = kNever;
   static constexpr int kOffset = 128;
   struct Operand {

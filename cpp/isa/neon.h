@@ -11,6 +11,7 @@ template <int kBits>
 struct Dot {
   static constexpr int kSpanBlocks = 4;
   static constexpr int kChains = 2;
+  static constexpr bool kWide = true;
   static constexpr int kUnpackTokens = kBits == 8 ? kNever : 12;
   // Codes up to 15 are signed bytes as they are; 8-bit codes are, less 128.
   static constexpr int kOffset = kBits == 8 ? 128 : 0;

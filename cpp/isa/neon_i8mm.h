@@ -11,6 +11,7 @@ template <int kBits>
 struct Dot {
   static constexpr int kSpanBlocks = 4;
   static constexpr int kChains = 2;
+  static constexpr bool kWide = true;
   static constexpr int kUnpackTokens = kBits == 8 ? kNever : 12;
   static constexpr int kOffset = 0;
   using Operand = uint8x16_t;

@@ -135,6 +135,7 @@ template <int kBits>
 struct Dot {
   static constexpr int kSpanBlocks = kBits == 2 ? 4 : kBits == 3 ? 2 : 1;
   static constexpr int kChains = 1;
+  static constexpr bool kWide = false;
   static constexpr int kUnpackTokens = 4;
   static constexpr int kOffset = 0;
   using Operand = Codes;
@@ -156,6 +157,7 @@ template <>
 struct Dot<8> {
   static constexpr int kSpanBlocks = 1;
   static constexpr int kChains = 1;
+  static constexpr bool kWide = true;
   static constexpr int kUnpackTokens = kNever;
   static constexpr int kOffset = 0;
   using Operand = Codes;

@@ -12,7 +12,7 @@ constexpr int kSweepTokens = 48;
 constexpr int kStripColumns = 512;
 // Columns whose integer sums are kept before any of them is scaled: the scaling of a single group would wait for its
 // last products, and the next group for it.
-constexpr int kBatchColumns = 512;
+constexpr int kBatchColumns = 256;
 // How far ahead of the codes in use one token's reading asks memory: further than DRAM's latency at its full speed.
 constexpr int kPrefetchBytes = 1024;
 
@@ -81,6 +81,8 @@ struct Dots {
   static constexpr int kVectors = kPanels * kPerPanel;
   // One token has too few sums to hide the latency of a long dot product: each is cut into several.
   static constexpr int kChains = kTokens == 1 ? D::kChains : 1;
+  // Partial sums that are as wide as the sums themselves go on from these.
+  static constexpr bool kGoOn = D::kWide && kChains == 1;
 
   const std::uint8_t* codes[kPanels];
   const std::int8_t* x[kTokens];
@@ -104,7 +106,13 @@ struct Dots {
       LLMQ_UNROLL
       for (int v = 0; v < kVectors; ++v) {
         LLMQ_UNROLL
-        for (int c = 0; c < kChains; ++c) part[t][v][c] = D::zero();
+        for (int c = 0; c < kChains; ++c) {
+          if constexpr (kGoOn) {
+            part[t][v][c] = acc[t][v];
+          } else {
+            part[t][v][c] = D::zero();
+          }
+        }
       }
     }
     for (int b = 0; b < blocks; ++b) {
@@ -131,7 +139,13 @@ struct Dots {
       LLMQ_UNROLL
       for (int v = 0; v < kVectors; ++v) {
         LLMQ_UNROLL
-        for (int c = 0; c < kChains; ++c) acc[t][v] = D::widen(acc[t][v], part[t][v][c]);
+        for (int c = 0; c < kChains; ++c) {
+          if constexpr (kGoOn) {
+            acc[t][v] = part[t][v][c];
+          } else {
+            acc[t][v] = D::widen(acc[t][v], part[t][v][c]);
+          }
+        }
       }
     }
   }
@@ -158,21 +172,46 @@ struct Tile : Dots<Isa, kBits, Source, kPanels, kTokens> {
   using Floats = typename Isa::Floats;
   static constexpr int kPerPanel = Base::kPerPanel;
   static constexpr int kVectors = Base::kVectors;
+  static constexpr bool kGoOn = Base::kGoOn;
 
   Cursor<kPanels> at;
 
   LLMQ_INLINE explicit Tile(const Cursor<kPanels>& from) : Base(from.codes, from.q, from.stride), at(from) {}
 
-  // sum += float(acc - zero * sum(x)) * (weight scale * activation scale)
+  // -zero of the group that lies `ahead` of the cursor's.
+  LLMQ_INLINE void zeros_of(int ahead, Ints (&zero)[kVectors]) const {
+    const int scales = ahead < at.left ? 0 : 1 + (ahead - at.left) / at.share;
+    LLMQ_UNROLL
+    for (int v = 0; v < kVectors; ++v) {
+      const std::uint8_t* zeros = at.zeros[v / kPerPanel];
+      if (zeros) zeros += scales * kPanelRows + v % kPerPanel * Isa::kRows;
+      zero[v] = Isa::offset_minus_zeros(D::kOffset, zeros, at.mid);
+    }
+  }
+
+  // acc = what the dot products of that group are added to: -zero * sum(x) where sums go on from it, else 0.
+  LLMQ_INLINE void begin(int ahead, Ints (&acc)[kTokens][kVectors]) const {
+    Ints zero[kVectors];
+    if constexpr (kGoOn) zeros_of(ahead, zero);
+    LLMQ_UNROLL
+    for (int t = 0; t < kTokens; ++t) {
+      const Ints total = Isa::set_ints(at.total[t * at.x_groups + ahead]);
+      LLMQ_UNROLL
+      for (int v = 0; v < kVectors; ++v) {
+        acc[t][v] = Isa::set_ints(0);
+        if constexpr (kGoOn) acc[t][v] = Isa::add_product(acc[t][v], zero[v], total);
+      }
+    }
+  }
+
+  // sum += float(acc, less zero * sum(x)) * (weight scale * activation scale)
   LLMQ_INLINE void add_scaled(const Ints (&acc)[kTokens][kVectors], Floats (&sum)[kTokens][kVectors]) const {
     Ints zero[kVectors];
+    if constexpr (!kGoOn) zeros_of(0, zero);
     Floats scale[kVectors];
     LLMQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      const int row = v % kPerPanel * Isa::kRows;
-      const std::uint8_t* zeros = at.zeros[v / kPerPanel];
-      zero[v] = Isa::offset_minus_zeros(D::kOffset, zeros ? zeros + row : nullptr, at.mid);
-      scale[v] = Isa::halves_to_floats(at.scales[v / kPerPanel] + row);
+      scale[v] = Isa::halves_to_floats(at.scales[v / kPerPanel] + v % kPerPanel * Isa::kRows);
     }
     LLMQ_UNROLL
     for (int t = 0; t < kTokens; ++t) {
@@ -180,8 +219,9 @@ struct Tile : Dots<Isa, kBits, Source, kPanels, kTokens> {
       const Ints total = Isa::set_ints(at.total[t * at.x_groups]);
       LLMQ_UNROLL
       for (int v = 0; v < kVectors; ++v) {
-        const Floats dot = Isa::to_floats(Isa::add_product(acc[t][v], zero[v], total));
-        sum[t][v] = Isa::add(sum[t][v], Isa::mul(dot, Isa::mul(scale[v], x_scale)));
+        Ints dot = acc[t][v];
+        if constexpr (!kGoOn) dot = Isa::add_product(dot, zero[v], total);
+        sum[t][v] = Isa::add(sum[t][v], Isa::mul(Isa::to_floats(dot), Isa::mul(scale[v], x_scale)));
       }
     }
   }
@@ -211,11 +251,7 @@ struct Tile : Dots<Isa, kBits, Source, kPanels, kTokens> {
       Ints acc[kBatch / kBlockColumns][kTokens][kVectors];
       int groups = 0;
       for (std::int64_t room = kBatch; at.columns > 0 && room >= at.group; room -= at.group, ++groups) {
-        LLMQ_UNROLL
-        for (int t = 0; t < kTokens; ++t) {
-          LLMQ_UNROLL
-          for (int v = 0; v < kVectors; ++v) acc[groups][t][v] = Isa::set_ints(0);
-        }
+        begin(groups, acc[groups]);
         this->add_group(at.columns < at.group ? at.columns : at.group, acc[groups]);
         at.columns -= at.group;
       }
