@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers import register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -57,14 +57,15 @@ class ForeignQuantizer(LlmqQuantizer):
             self._folder = open_quantized(
                 Path(where), inexact=str(getattr(self.quantization_config, "inexact", "refuse"))
             )
+            modules = dict(model.named_modules())
             for name in self._folder.matrices:
-                self._check_bias(name, model, where)
+                self._check_bias(name, modules.get(name), where)
         for line in self._folder.notes:
             log.warning("%s", line)
         schemes = {name: m.scheme for name, m in self._folder.matrices.items()}
         tied = self._folder.tied or _tie(model, schemes)
         for name, m in self._folder.matrices.items():
-            _check_shape(model, name, (m.n, m.k), where)
+            _check_shape(modules.get(name), name, (m.n, m.k), where)
         replace_matrices(model, schemes, tied, 8, where)
         for name, m in self._folder.matrices.items():
             module = model.get_submodule(name)
@@ -86,11 +87,10 @@ class ForeignQuantizer(LlmqQuantizer):
         """Stored names that the module does not ask transformers for."""
         return [*self._folder.matrices[name].tensors, f"{name}.bias"]
 
-    def _check_bias(self, name: str, model: nn.Module, where: str) -> None:
+    def _check_bias(self, name: str, module: nn.Module | None, where: str) -> None:
         """AutoGPTQ stores biases of zeros for linears that have none; others would be lost."""
-        full = f"{name}.bias"
-        has_none = getattr(dict(model.named_modules()).get(name), "bias", None) is None
-        if has_none and full in self._folder.reader and bool(self._folder.reader.tensor(full).any()):
+        full, reader = f"{name}.bias", self._folder.reader
+        if getattr(module, "bias", None) is None and full in reader and bool(reader.tensor(full).any()):
             raise ValueError(f"{where}: {full} is not zero, but the model's {name} has no bias")
 
     def _fill(self, name: str, module: QuantizedMatrix) -> None:
@@ -116,10 +116,9 @@ def _tie(model: nn.Module, schemes: Any) -> dict[str, str]:
     return {head: embed} if embed in schemes else {}
 
 
-def _check_shape(model: nn.Module, name: str, shape: tuple[int, int], where: str) -> None:
-    module: Any = dict(model.named_modules()).get(name)
+def _check_shape(module: nn.Module | None, name: str, shape: tuple[int, int], where: str) -> None:
     weight = getattr(module, "weight", None)
-    if weight is not None and tuple(weight.shape) != shape:
+    if isinstance(weight, Tensor) and tuple(weight.shape) != shape:
         raise ValueError(
             f"{where}: {name} is a {shape[0]} x {shape[1]} matrix in the files, {tuple(weight.shape)} in the model:"
             " config.json and the weights are not of one model"
