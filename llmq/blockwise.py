@@ -167,9 +167,19 @@ class BlockRunner:
         call: what the decoder passes to it.
         hidden: f32[1, seqlen, hidden] a window; :meth:`advance` replaces them by the block's outputs.
         tails: linear -> Tail, those of the family that :func:`verified_tails` has confirmed.
+        sink_share: weight of first tokens in statistics, see :class:`InputStats`.
     """
 
-    def __init__(self, block: nn.Module, call: BlockCall, hidden: list[Tensor], tails: dict[str, Tail]) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        call: BlockCall,
+        hidden: list[Tensor],
+        tails: dict[str, Tail],
+        *,
+        sink_share: float = 0.0,
+    ) -> None:
+        self.sink_share = sink_share
         self.block, self.call, self.hidden, self.tails = block, call, hidden, tails
         self._kept: list[Tensor] = []
         self._settled: list[tuple[Tail, list[Tensor]]] = []
@@ -218,8 +228,8 @@ class BlockRunner:
         linear = self.block.get_submodule(group[0])
         assert isinstance(linear, nn.Linear)
         n, paired = len(self.hidden), teacher is not None
-        train = InputStats(linear.in_features, paired=paired)
-        held = InputStats(linear.in_features, paired=paired) if n_held else None
+        train = InputStats(linear.in_features, paired=paired, sink_share=self.sink_share)
+        held = InputStats(linear.in_features, paired=paired, sink_share=self.sink_share) if n_held else None
         fits = sum(h.shape[1] for h in self.hidden) * linear.in_features * 4 <= MEMO_BYTES
         keep = fits and len(group) == 1 and group[0] in self.tails
         self._kept, outputs = [], []
@@ -242,7 +252,7 @@ class BlockRunner:
             for group in groups:
                 linear = self.block.get_submodule(group[0])
                 assert isinstance(linear, nn.Linear)
-                by_group.append(InputStats(linear.in_features))
+                by_group.append(InputStats(linear.in_features, sink_share=self.sink_share))
                 stack.enter_context(listening(linear, by_group[-1].add))
             for i in range(len(self.hidden)):
                 self.run(i)

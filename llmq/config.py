@@ -103,8 +103,15 @@ class GPTQConfig:
     )
     true_sequential: bool = option(True, "solve q/k/v, o, gate/up, down in turn, each on the inputs the former leave")
     grid_steps: int = option(20, "shrink factors tried in the Hessian-weighted scale search; 0: plain min-max")
+    sink_share: float = option(
+        0.0625, "what a window's first token counts in the Hessian, as a share of the window's tokens; 0: as any other"
+    )
 
     def __post_init__(self) -> None:
+        if not 0 <= self.sink_share <= 1:
+            raise ValueError(
+                f"sink_share is {self.sink_share:g}; it is a share of a window's tokens: 0 to 1 (usual: 0.0625)"
+            )
         if not 0 < self.percdamp < 1:
             raise ValueError(
                 f"percdamp is {self.percdamp}; it is a share of the mean diagonal: 0 < percdamp < 1 (usual: 0.01)"

@@ -129,7 +129,7 @@ def quantize_model(
         texts = calibration_texts(job)
         seconds = {"calibration": round(time.perf_counter() - start, 2)}
         if stats.save_stats and texts is not None:
-            collect(source, texts, Path(stats.save_stats), log)
+            collect(source, texts, Path(stats.save_stats), options.gptq.sink_share, log)
             seconds["statistics"] = round(time.perf_counter() - start - seconds["calibration"], 2)
         if budget.chooses and texts is not None:
             tables = job.plan.tables if budget.target_size else ()
@@ -219,7 +219,7 @@ def _quantize_blocks(job: Job, writer: CheckpointWriter, tokens: Tensor | None) 
         with materialize(source.block(i), name, source.reader) as block:
             runner = None
             if calls:
-                runner = BlockRunner(block, calls[i], hidden, {})
+                runner = BlockRunner(block, calls[i], hidden, {}, sink_share=job.options.gptq.sink_share)
                 tails = verified_tails(runner, source.family) if tails is None else tails
                 runner.tails = tails
             tensors, errors = _quantize_block(job, name, block, runner, originals)

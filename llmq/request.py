@@ -37,7 +37,7 @@ def open_job(
     source = open_model(resolved.folder)
     if reads_text:
         calibration.check(calib, max_positions=source.max_positions)
-    bank = open_bank(stats.stats, source) if stats.stats else None
+    bank = open_bank(stats.stats, source, options.gptq.sink_share) if stats.stats else None
     job = Job(source, scheme, head_bits, row, options, calib, runtime, log, budget, bank)
     if budget.plan:
         job.use(read_plan(budget.plan, [*job.plan.linears, *job.plan.tables]))

@@ -33,7 +33,7 @@ from llmq.report import Log, duration, versions
 from llmq.solvers.hessian import InputStats
 
 BANK_NAME = "bank.json"
-BANK_VERSION = 1
+BANK_VERSION = 2
 # Steps of the recipe that look at a linear's inputs only, not at what the quantized model makes of them.
 BANKED_STEPS = ("refit", "descent", "restarts", "damping")
 # Every so many windows one is held out to judge the steps. By its number, so that parts of a text that are multiples
@@ -89,7 +89,7 @@ def check_bank_output(folder: Path) -> None:
 
 
 @torch.no_grad()
-def collect(source: SourceModel, texts: CalibrationSet, folder: Path, log: Log) -> None:
+def collect(source: SourceModel, texts: CalibrationSet, folder: Path, sink_share: float, log: Log) -> None:
     """Run the original model over the windows of ``texts``, block by block, and write the bank ``folder``.
 
     Raises ValueError for inputs that are not finite; nothing is left behind then.
@@ -100,7 +100,7 @@ def collect(source: SourceModel, texts: CalibrationSet, folder: Path, log: Log) 
     with _Partial(folder) as partial:
         for i, name in enumerate(source.block_names):
             with materialize(source.block(i), name, source.reader) as block:
-                found = _observe(BlockRunner(block, calls[i], hidden, {}), source.groups, held)
+                found = _observe(BlockRunner(block, calls[i], hidden, {}, sink_share=sink_share), source.groups, held)
             tensors: dict[str, Tensor] = {}
             for (linear, part), stats in found.items():
                 if part == "train":
@@ -114,6 +114,7 @@ def collect(source: SourceModel, texts: CalibrationSet, folder: Path, log: Log) 
             "model_digest": model_digest(source.folder),
             "tokenizer_digest": tokenizer_digest(source.tokenizer),
             "tokens": texts.tokens.numel(),
+            "sink_share": sink_share,
             "calibration": [texts.provenance()],
             "producer": f"llmq {versions()['llmq']}",
         }
@@ -132,7 +133,7 @@ def _observe(runner: BlockRunner, groups: Sequence[Sequence[str]], held: set[int
         for first, *_ in groups:
             linear = runner.block.get_submodule(first)
             assert isinstance(linear, nn.Linear)
-            found |= {(first, p): InputStats(linear.in_features) for p in PARTS}
+            found |= {(first, p): InputStats(linear.in_features, sink_share=runner.sink_share) for p in PARTS}
             stack.enter_context(listening(linear, hear(first)))
         for i in range(len(runner.hidden)):
             part = PARTS[i in held]
@@ -140,12 +141,12 @@ def _observe(runner: BlockRunner, groups: Sequence[Sequence[str]], held: set[int
     return found
 
 
-def open_bank(text: str, source: SourceModel) -> Bank:
+def open_bank(text: str, source: SourceModel, sink_share: float) -> Bank:
     """The bank in the folders of ``text``, separated by commas.
 
     Raises:
         FileNotFoundError: no bank there.
-        ValueError: of another model or tokenizer, of too few tokens for the model's linears, or the same text twice;
+        ValueError: of another model, tokenizer or ``sink_share``, of too few tokens for the model's linears, or the same text twice;
             names the folder and both values.
     """
     folders = tuple(Path(part) for part in text.split(",") if part)
@@ -158,6 +159,11 @@ def open_bank(text: str, source: SourceModel) -> Bank:
                     f"--stats {folder} holds statistics of another {what} (digest {about[key]}; {source.folder} has "
                     f"{want[key]}): collect them anew with --save-stats"
                 )
+        if about["sink_share"] != sink_share:
+            raise ValueError(
+                f"--stats {folder} was collected with --sink-share {about['sink_share']:g}, this run asks for "
+                f"{sink_share:g}: ask for the same, or collect anew with --save-stats"
+            )
     bank = _joined(folders, abouts)
     k, name = max((k, name) for name, (_, k) in source.block_linears(0).items())
     if bank.tokens < k:
@@ -173,11 +179,11 @@ def merge(folders: Sequence[Path], out: Path) -> None:
     check_bank_output(out)
     abouts = [_about(folder) for folder in folders]
     for folder, about in zip(folders[1:], abouts[1:], strict=True):
-        for key in ("model_digest", "tokenizer_digest"):
+        for key in ("model_digest", "tokenizer_digest", "sink_share"):
             if about[key] != abouts[0][key]:
                 raise ValueError(
                     f"{folder} has the {key} {about[key]}, {folders[0]} has {abouts[0][key]}; "
-                    "only banks of one model add up"
+                    "only banks of one model, collected alike, add up"
                 )
     bank = _joined(tuple(folders), abouts)
     with _Partial(out) as partial:

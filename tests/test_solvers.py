@@ -174,6 +174,27 @@ def test_fewer_tokens_than_inputs():
     assert relative_error(W, t.dequantize(), many.hessian("x")) < 1.1 * base
 
 
+def test_the_first_token_of_a_window_counts_as_a_share_of_it() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, original = torch.randn(3, 40, 8, generator=g), torch.randn(3, 40, 8, generator=g)
+    x[1, 0, 2] = torch.nan  # a first token that is left out takes its weight with it
+    stats = InputStats(8, paired=True, sink_share=0.25)
+    for window, other in zip(x, original, strict=True):
+        stats.add(window[None], other[None])
+    H, C = torch.zeros(8, 8, dtype=torch.float64), torch.zeros(8, 8, dtype=torch.float64)
+    for w in range(3):
+        for t in range(40):
+            if (w, t) != (1, 0):
+                count, a, b = 10 if t == 0 else 1, x[w, t].double(), original[w, t].double()
+                H += count * torch.outer(a, a)
+                C += count * torch.outer(b - a, a)
+    assert stats.cross is not None
+    torch.testing.assert_close(stats.H, H, rtol=0, atol=1e-5 * float(H.abs().max()))
+    torch.testing.assert_close(stats.cross, C, rtol=0, atol=1e-5 * float(H.abs().max()))
+    assert (stats.n_tokens, stats.n_dropped) == (119, 1)
+    assert float(stats.abs_max.max()) == float(x.nan_to_num().abs().max())
+
+
 def test_tokens_that_are_not_finite_are_left_out_and_counted():
     stats = InputStats(4)
     x = torch.ones(5, 4)

@@ -16,6 +16,7 @@ from llmq.stats_bank import collect, held_windows, merge, open_bank
 
 CALIB = CalibConfig(calib="stdlib", nsamples=16, seqlen=24)
 SCHEME = QuantScheme(3, 32)
+SHARE = 0.25  # the default of --sink-share
 
 
 def quiet(_line):
@@ -28,7 +29,7 @@ def bank(tiny_model, tmp_path_factory):
     source = open_model(tiny_model("llama"))
     texts = load(CALIB, source.tokenizer)
     folder = tmp_path_factory.mktemp("bank") / "all"
-    collect(source, texts, folder, quiet)
+    collect(source, texts, folder, SHARE, quiet)
     return source, texts, folder
 
 
@@ -51,15 +52,18 @@ def test_the_sums_are_those_of_the_original_models_inputs(bank):
             model(input_ids=window[None], use_cache=False)
     held = held_windows(16)
     assert held == [7, 15]
-    got = open_bank(str(folder), source).observed(name, judged=True)
+    got = open_bank(str(folder), source, SHARE).observed(name, judged=True)
     for stats, windows in ((got.train, [i for i in range(16) if i not in held]), (got.held, held)):
         x = torch.cat([seen[i] for i in windows])
+        count = torch.ones(len(windows), 24, 1, dtype=torch.float64)
+        count[:, 0] = SHARE * 24
+        expected = x.T @ (count.reshape(-1, 1) * x)
         # Products in fp32, sums stored in fp32: a few units of 2**-24, of the largest entry.
-        torch.testing.assert_close(stats.H, x.T @ x, rtol=0, atol=2e-6 * float((x.T @ x).abs().max()))
+        torch.testing.assert_close(stats.H, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
         torch.testing.assert_close(stats.abs_sum, x.abs().sum(0), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(stats.abs_max, x.abs().amax(0), rtol=1e-4, atol=1e-6)
         assert stats.n_tokens == len(x)
-    whole = open_bank(str(folder), source).observed(name, judged=False)
+    whole = open_bank(str(folder), source, SHARE).observed(name, judged=False)
     assert whole.held is None
     assert whole.train.n_tokens == texts.tokens.numel()
 
@@ -67,11 +71,11 @@ def test_the_sums_are_those_of_the_original_models_inputs(bank):
 def test_parts_add_up_to_the_whole(bank, tmp_path):
     source, texts, folder = bank
     for name, windows in (("a", slice(0, 8)), ("b", slice(8, 16))):
-        collect(source, part_of(texts, windows), tmp_path / name, quiet)
+        collect(source, part_of(texts, windows), tmp_path / name, SHARE, quiet)
     merge([tmp_path / "a", tmp_path / "b"], tmp_path / "merged")
-    whole = open_bank(str(folder), source)
+    whole = open_bank(str(folder), source, SHARE)
     for text in (f"{tmp_path / 'a'},{tmp_path / 'b'}", str(tmp_path / "merged")):
-        joined = open_bank(text, source)
+        joined = open_bank(text, source, SHARE)
         assert joined.tokens == whole.tokens == 16 * 24
         assert len(joined.calibration) == 2
         for block in source.block_names:
@@ -145,7 +149,7 @@ def test_a_bank_that_cannot_be_written_whole_is_not_written(bank, tmp_path, monk
     source, texts, _ = bank
     monkeypatch.setattr("llmq.stats_bank._write_block", lambda *_: (_ for _ in ()).throw(OSError("disk")))
     with pytest.raises(OSError, match="disk"):
-        collect(source, texts, tmp_path / "b", quiet)
+        collect(source, texts, tmp_path / "b", SHARE, quiet)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -153,24 +157,26 @@ def test_banks_of_others_are_refused(bank, tiny_model, tmp_path):
     source, texts, folder = bank
     other = open_model(tiny_model("llama", seed=1))
     with pytest.raises(ValueError, match=r"statistics of another model \(digest [0-9a-f]{16}; .* has [0-9a-f]{16}\)"):
-        open_bank(str(folder), other)
+        open_bank(str(folder), other, SHARE)
     shutil.copytree(folder, tmp_path / "t")
     about = json.loads((tmp_path / "t" / "bank.json").read_text())
     (tmp_path / "t" / "bank.json").write_text(json.dumps(about | {"tokenizer_digest": "0" * 16}))
     with pytest.raises(ValueError, match="statistics of another tokenizer"):
-        open_bank(str(tmp_path / "t"), source)
-    with pytest.raises(ValueError, match="only banks of one model add up"):
+        open_bank(str(tmp_path / "t"), source, SHARE)
+    with pytest.raises(ValueError, match="only banks of one model, collected alike, add up"):
         merge([folder, tmp_path / "t"], tmp_path / "m")
     (tmp_path / "t" / "bank.json").write_text(json.dumps(about | {"version": 7}))
-    with pytest.raises(ValueError, match="has version 7, this llmq reads 1"):
-        open_bank(str(tmp_path / "t"), source)
+    with pytest.raises(ValueError, match="has version 7, this llmq reads 2"):
+        open_bank(str(tmp_path / "t"), source, SHARE)
+    with pytest.raises(ValueError, match=r"was collected with --sink-share 0.25, this run asks for 0:"):
+        open_bank(str(folder), source, 0.0)
     with pytest.raises(ValueError, match=r"the text .* is in it twice; give each part once"):
-        open_bank(f"{folder},{folder}", source)
-    collect(source, part_of(texts, slice(0, 2)), tmp_path / "few", quiet)
+        open_bank(f"{folder},{folder}", source, SHARE)
+    collect(source, part_of(texts, slice(0, 2)), tmp_path / "few", SHARE, quiet)
     with pytest.raises(ValueError, match=r"holds 48 tokens, fewer than the \d+ inputs of mlp.down_proj: collect at"):
-        open_bank(str(tmp_path / "few"), source)
+        open_bank(str(tmp_path / "few"), source, SHARE)
     with pytest.raises(FileNotFoundError, match=r"is no bank: it has no bank.json"):
-        open_bank(str(tmp_path), source)
+        open_bank(str(tmp_path), source, SHARE)
     (tmp_path / "t" / "bank.json").write_text(json.dumps(about))
     file = next((tmp_path / "t").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-100])

@@ -28,17 +28,21 @@ class InputStats:
     Args:
         in_features: K.
         paired: also take what the original model feeds the linear, see :meth:`add`.
+        sink_share: the first token of a window counts as this share of the window's tokens; 0: as any other. All later
+            tokens attend to it, most of them heavily (an "attention sink", arXiv 2309.17453), so an error there is one
+            everywhere: the squared gradient of the loss at its keys and values is that of hundreds of other tokens.
 
     Attributes:
-        H: f64[K, K], the sum of x x^T (see :meth:`hessian` for the mean).
-        cross: f64[K, K], the sum of (x_original - x) x^T; None unless ``paired``.
+        H: f64[K, K], the sum of x x^T, first tokens as often as they count (see :meth:`hessian` for the mean).
+        cross: f64[K, K], so weighed, the sum of (x_original - x) x^T; None unless ``paired``.
         abs_sum, abs_max: f64[K], the sum and the largest of |x|.
         n_tokens: tokens taken.
         n_dropped: tokens left out because they were not finite.
         memo: what solvers derive from H once for all linears that share it (a factor, say), by their own keys.
     """
 
-    def __init__(self, in_features: int, *, paired: bool = False) -> None:
+    def __init__(self, in_features: int, *, paired: bool = False, sink_share: float = 0.0) -> None:
+        self.sink_share = sink_share
         self.H = torch.zeros(in_features, in_features, dtype=torch.float64)
         self.cross = torch.zeros_like(self.H) if paired else None
         self.abs_sum = torch.zeros(in_features, dtype=torch.float64)
@@ -48,11 +52,12 @@ class InputStats:
         self.memo: dict[Any, Any] = {}
 
     def add(self, x: Tensor, original: Tensor | None = None) -> None:
-        """Take inputs x f32[..., K]; every leading dimension counts tokens.
+        """Take inputs x f32[..., T, K] of windows of T tokens.
 
         ``original``: what the unquantized model feeds the same linear for the same tokens; needed when ``paired``.
         """
         assert (original is None) == (self.cross is None), "paired statistics need both inputs"
+        counts = self._counts(x)
         x = x.detach().reshape(-1, x.shape[-1]).float()
         rest = None if original is None else original.detach().reshape(x.shape).float() - x
         # One pass over the sums finds a bad block; the per-row search runs only then.
@@ -60,17 +65,24 @@ class InputStats:
         if not torch.isfinite(total):
             good = torch.isfinite(x if rest is None else x + rest).all(dim=1)
             self.n_dropped += int((~good).sum())
-            x, rest = x[good], rest if rest is None else rest[good]
+            x, rest, counts = x[good], rest if rest is None else rest[good], counts[good]
         for at in range(0, x.shape[0], 4096):
-            block = x[at : at + 4096]
+            some = slice(at, at + 4096)
+            block = x[some] * counts[some, None].sqrt()
             self._add_products(block)
             if self.cross is not None and rest is not None:
-                self.cross += (rest[at : at + 4096].T @ block).double()
+                self.cross += ((rest[some] * counts[some, None].sqrt()).T @ block).double()
         self.n_tokens += x.shape[0]
         if x.shape[0]:
             x = x.abs()
             self.abs_sum += x.sum(0).double()
             torch.maximum(self.abs_max, x.amax(0).double(), out=self.abs_max)
+
+    def _counts(self, x: Tensor) -> Tensor:
+        """f32[tokens]: how often each token of x f32[..., T, K] counts."""
+        counts = torch.ones(x.shape[:-1])
+        counts[..., 0] = max(1.0, self.sink_share * x.shape[-2])
+        return counts.reshape(-1)
 
     def include(self, other: InputStats) -> None:
         """Count the tokens of ``other`` too; neither is paired."""
