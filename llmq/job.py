@@ -20,7 +20,7 @@ from llmq.stats_bank import BANKED_STEPS, Bank
 from llmq.tune import memory_needed
 
 # One window in so many is held out to judge the recipe's steps and what is learned.
-HELD_SHARE = 8
+HELD_SHARE = 16
 
 
 @dataclass

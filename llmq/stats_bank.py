@@ -146,8 +146,8 @@ def open_bank(text: str, source: SourceModel, sink_share: float) -> Bank:
 
     Raises:
         FileNotFoundError: no bank there.
-        ValueError: of another model, tokenizer or ``sink_share``, of too few tokens for the model's linears, or the same text twice;
-            names the folder and both values.
+        ValueError: of another model, tokenizer or ``sink_share``, of too few tokens for the model's linears, or the
+            same text twice; names the folder and both values.
     """
     folders = tuple(Path(part) for part in text.split(",") if part)
     abouts = [_about(folder) for folder in folders]

@@ -1,5 +1,7 @@
 #include "engine/matrix.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <stdexcept>
 
@@ -12,9 +14,19 @@ namespace {
 constexpr std::int64_t kAloneWork = 1 << 17;
 // Chunks a thread, so that one that is late or slow leaves its share to the others.
 constexpr std::int64_t kChunksPerThread = 8;
-// Activations of a token block: half of a common level 2 cache (512 KiB).
-constexpr std::int64_t kTokenBlockBytes = 192 << 10;
+// A core's own cache where the system does not tell: a common size.
+constexpr std::int64_t kCacheBytes = 512 << 10;
 constexpr std::int64_t kTokenBlockMultiple = 24;  // of every ISA's tile: blocks then leave no remainder
+
+// Activations of a token block: three eighths of a core's own (level 2) cache; the rest is for panels and sums.
+std::int64_t token_block_bytes() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const std::int64_t cache = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#else
+  static const std::int64_t cache = 0;
+#endif
+  return (cache > 0 ? cache : kCacheBytes) * 3 / 8;
+}
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -58,7 +70,7 @@ void multiply_own(const KernelTable& table, const Inputs& in, const Product& pro
 }  // namespace
 
 std::int64_t token_block(std::int64_t m, std::int64_t bytes_a_token) {
-  const std::int64_t fit = kTokenBlockBytes / bytes_a_token / kTokenBlockMultiple * kTokenBlockMultiple;
+  const std::int64_t fit = token_block_bytes() / bytes_a_token / kTokenBlockMultiple * kTokenBlockMultiple;
   return std::min(m, std::max(fit, kTokenBlockMultiple));
 }
 
