@@ -10,13 +10,13 @@ import llmq
 from llmq import CalibConfig, QuantScheme, RecipeConfig, StatsConfig, quantize_model
 from llmq.calibration import load
 from llmq.checkpoint import read_qtensor
-from llmq.config import BudgetConfig
+from llmq.config import BudgetConfig, GPTQConfig
 from llmq.models.load import open_model
 from llmq.stats_bank import collect, held_windows, merge, open_bank
 
 CALIB = CalibConfig(calib="stdlib", nsamples=16, seqlen=24)
 SCHEME = QuantScheme(3, 32)
-SHARE = 0.25  # the default of --sink-share
+SHARE = GPTQConfig().sink_share
 
 
 def quiet(_line):
@@ -168,7 +168,7 @@ def test_banks_of_others_are_refused(bank, tiny_model, tmp_path):
     (tmp_path / "t" / "bank.json").write_text(json.dumps(about | {"version": 7}))
     with pytest.raises(ValueError, match="has version 7, this llmq reads 2"):
         open_bank(str(tmp_path / "t"), source, SHARE)
-    with pytest.raises(ValueError, match=r"was collected with --sink-share 0.25, this run asks for 0:"):
+    with pytest.raises(ValueError, match=r"was collected with --sink-share 0.0625, this run asks for 0:"):
         open_bank(str(folder), source, 0.0)
     with pytest.raises(ValueError, match=r"the text .* is in it twice; give each part once"):
         open_bank(f"{folder},{folder}", source, SHARE)

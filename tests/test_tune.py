@@ -17,7 +17,7 @@ from llmq.plan import make_plan
 from llmq.qtensor import expand_groups, group_sums
 from llmq.solvers import METHODS
 
-CALIB = CalibConfig(calib="stdlib", nsamples=4, seqlen=48)
+CALIB = CalibConfig(calib="stdlib", nsamples=32, seqlen=48)
 SCHEME = QuantScheme(3, 32)
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from llmq.solvers.hessian import InputStats
 
-# Shares of the earlier layers' error that a linear may be asked to repair.
-ALPHAS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Shares of the earlier layers' error that a linear may be asked to repair. Never more than half: held-out windows of the
+# same text would take nearly all of it, linear by linear, and the model as a whole is worse for it (docs/QUALITY.md).
+ALPHAS = (0.0, 0.25, 0.5)
 
 
 @dataclass(frozen=True)
