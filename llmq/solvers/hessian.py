@@ -57,7 +57,7 @@ class InputStats:
         ``original``: what the unquantized model feeds the same linear for the same tokens; needed when ``paired``.
         """
         assert (original is None) == (self.cross is None), "paired statistics need both inputs"
-        counts = self._counts(x)
+        roots = self._counts(x).sqrt()[:, None]
         x = x.detach().reshape(-1, x.shape[-1]).float()
         rest = None if original is None else original.detach().reshape(x.shape).float() - x
         # One pass over the sums finds a bad block; the per-row search runs only then.
@@ -65,13 +65,13 @@ class InputStats:
         if not torch.isfinite(total):
             good = torch.isfinite(x if rest is None else x + rest).all(dim=1)
             self.n_dropped += int((~good).sum())
-            x, rest, counts = x[good], rest if rest is None else rest[good], counts[good]
+            x, rest, roots = x[good], rest if rest is None else rest[good], roots[good]
         for at in range(0, x.shape[0], 4096):
             some = slice(at, at + 4096)
-            block = x[some] * counts[some, None].sqrt()
+            block = x[some] * roots[some]
             self._add_products(block)
             if self.cross is not None and rest is not None:
-                self.cross += ((rest[some] * counts[some, None].sqrt()).T @ block).double()
+                self.cross += ((rest[some] * roots[some]).T @ block).double()
         self.n_tokens += x.shape[0]
         if x.shape[0]:
             x = x.abs()

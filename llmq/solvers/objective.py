@@ -16,7 +16,7 @@ from torch import Tensor
 from llmq.solvers.hessian import InputStats
 
 # Shares of the earlier layers' error that a linear may be asked to repair. Never more than half: held-out windows of the
-# same text would take nearly all of it, linear by linear, and the model as a whole is worse for it (docs/QUALITY.md).
+# same text would take nearly all of it, linear by linear; models made so were worse as a whole (docs/QUALITY.md).
 ALPHAS = (0.0, 0.25, 0.5)
 
 
