@@ -15,8 +15,8 @@ from torch import Tensor
 
 from llmq.solvers.hessian import InputStats
 
-# Shares of the earlier layers' error that a linear may be asked to repair. Never more than half: held-out windows of the
-# same text would take nearly all of it, linear by linear; models made so were worse as a whole (docs/QUALITY.md).
+# Shares of the earlier layers' error that a linear may be asked to repair. Never more than half: held-out windows of
+# the same text would take nearly all of it, linear by linear; models made so were worse as a whole (docs/QUALITY.md).
 ALPHAS = (0.0, 0.25, 0.5)
 
 
