@@ -21,7 +21,7 @@ from llmq.bench.engines import ENGINES, Engine, Program, Source
 Tiny = Callable[..., Path]
 
 FAKE = """#!{python}
-import json, sys
+import json, sys, time
 argv = sys.argv[1:]
 if "--help" in argv:
     print({usage!r})
@@ -35,7 +35,8 @@ for n in values("-n"):
 gp = values("-gp")
 rows += [dict(n_prompt=d, n_gen=n, samples_ts=[2.0 + d]) for d, n in zip(gp[::2], gp[1::2])]
 print("a line before the JSON")
-print(json.dumps([dict(row, build_number=7, build_commit="abc") for row in rows]))
+print(json.dumps([dict(row, build_number=7, build_commit="abc") for row in rows]), flush=True)
+time.sleep(0.2)  # long enough for its memory to be looked at, as a real one is
 """
 
 
