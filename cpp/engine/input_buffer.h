@@ -35,8 +35,6 @@ class InputBuffer {
   }
 
  private:
-  static constexpr std::int64_t kColumnPadding = 64;
-
   template <class T>
   static void grow(std::vector<T>& v, std::int64_t size) {
     if (static_cast<std::int64_t>(v.size()) < size) v.resize(static_cast<std::size_t>(size));
@@ -44,8 +42,7 @@ class InputBuffer {
 
   void add_width(std::int64_t m, std::int64_t k, std::int64_t width) {
     const int i = view_.count++;
-    const std::int64_t stride = (k + kColumnPadding - 1) / kColumnPadding * kColumnPadding,
-                       groups = (k + width - 1) / width;
+    const std::int64_t stride = activation_stride(k), groups = (k + width - 1) / width;
     grow(q_[i], m * stride);
     // The columns of padding are read, too; what is left there of another shape must not count.
     for (std::int64_t r = 0; r < m; ++r) std::fill_n(q_[i].data() + r * stride + k, stride - k, std::int8_t{0});

@@ -16,7 +16,6 @@ namespace {
 
 // Multiply-adds below which a second thread costs more than it saves (about 2 us of work).
 constexpr std::int64_t kAloneWork = 1 << 17;
-constexpr std::int64_t kColumnPadding = 64;
 
 // Memory that a thread keeps from call to call and only ever enlarges.
 class Scratch {
@@ -42,7 +41,7 @@ std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; 
 
 QuantizedRows scratch_rows(std::int64_t m, const PackedMatrix& w) {
   static thread_local Scratch scratch;
-  const std::int64_t stride = ceil_div(w.k, kColumnPadding) * kColumnPadding;
+  const std::int64_t stride = activation_stride(w.k);
   auto* bytes = static_cast<std::int8_t*>(scratch.reserve(m * (stride + 8 * w.groups)));
   auto* scale = reinterpret_cast<float*>(bytes + m * stride);
   auto* total = reinterpret_cast<std::int32_t*>(scale + m * w.groups);

@@ -16,12 +16,13 @@ namespace {
 struct Isa {
   static constexpr int kRows = 16;
   static constexpr int kPanelsOneToken = 2;
-  // 24 sums, 2 codes and the constants of 32 registers; the activations are broadcast from memory.
+  // 12 sums and 12 scaled ones, codes, constants: more would not stay in 32 registers while one group is scaled and the
+  // next begins.
   static constexpr int kTilePanels = 2;
 #if defined(LLMQ_EMULATE_VNNI)
   static constexpr int kTileTokens = 3;  // the same code in fewer sizes
 #else
-  static constexpr int kTileTokens = 12;
+  static constexpr int kTileTokens = 6;
 #endif
 
   using Bytes = __m512i;
@@ -107,7 +108,7 @@ struct Dot {
   static constexpr int kSpanBlocks = 4;
   static constexpr int kChains = 2;
   static constexpr bool kWide = true;
-  static constexpr int kUnpackTokens = kBits == 8 ? kNever : 24;
+  static constexpr int kUnpackTokens = kNever;
   static constexpr int kOffset = 0;
   using Operand = __m512i;
   using Part = __m512i;

@@ -175,6 +175,9 @@ LLMQ_INLINE void for_row_tiles(std::int64_t rows, const F& f) {
 // 6 rows x 16 lanes: 12 sums of 8 floats, two vectors of keys or values and one of the rows fill 16 registers.
 template <class Isa>
 constexpr int kAttendTile = Isa::kRows >= 8 ? 6 : 2;
+// As many sums where a vector holds 16 floats: fewer would wait for each other. Codes take two strips for that.
+template <class Isa>
+constexpr int kFloatTile = kAttendTile<Isa> * (Isa::kRows >= 16 ? 2 : 1);
 
 // Blocks of 16 tokens.
 LLMQ_INLINE std::int64_t blocks_of(Range tokens) { return (tokens.end - tokens.begin + kKeyTokens - 1) / kKeyTokens; }
@@ -191,7 +194,7 @@ void key_scores(const ScoreJob& job) {
   for (std::int64_t token = job.tokens.begin; token < job.tokens.end; token += kKeyTokens) {
     const Kv* keys = keys_of<Kv>(job.keys, token);
     fetch.next(lines);
-    for_row_tiles<kAttendTile<Isa>>(job.rows, [&]<int kRows>(std::int64_t row) __attribute__((always_inline)) {
+    for_row_tiles<kFloatTile<Isa>>(job.rows, [&]<int kRows>(std::int64_t row) __attribute__((always_inline)) {
       score_rows<Isa, Kv, kRows>(keys, job.keys.dim, job.q + row, out + row * kKeyTokens);
     });
     out += job.rows * kKeyTokens;
@@ -206,7 +209,7 @@ void sum_values(const ValueJob& job) {
   for (std::int64_t token = job.tokens.begin; token < job.tokens.end; token += kKeyTokens) {
     const Kv* values = values_of<Kv>(job.values, token);
     fetch.next(lines);
-    for_row_tiles<kAttendTile<Isa>>(job.rows, [&]<int kRows>(std::int64_t row) __attribute__((always_inline)) {
+    for_row_tiles<kFloatTile<Isa>>(job.rows, [&]<int kRows>(std::int64_t row) __attribute__((always_inline)) {
       add_values<Isa, Kv, kRows>(values, job.values.padded, weights + row * kKeyTokens,
                                  job.acc + row * job.values.padded);
     });

@@ -1,18 +1,16 @@
 // out = x @ W^T over LQ16 panels, int8 activations. Included inside an anonymous namespace, once an ISA.
 //
 // A lane is an output row: a 4-byte load brings four columns ("quad") of a token to every lane, so no sum ever crosses
-// lanes. Few tokens read the codes from the packed panels as they go. Many tokens ("sweep") unpack a strip of some
-// columns to one byte a code in a small buffer, once, and pass all tokens over it. Both take the groups in the same
-// order and give the same bits.
+// lanes. Tokens read the codes from the packed panels as they go; where unpacking costs an ISA too much for that, many
+// tokens ("sweep") unpack a strip of some columns to one byte a code in a small buffer, once, and pass all tokens over
+// it. Both take the groups in the same order and give the same bits.
 
 constexpr int kBlockQuads = kBlockColumns / 4;
-// Tokens of a sweep: unpacking is paid once for them, their sums stay in the level 1 cache.
-constexpr int kSweepTokens = 48;
+// Tokens that pass over a pair of panels together: they read it from a near cache, and strips are unpacked once for
+// them.
+constexpr int kSweepTokens = 96;
 // Columns unpacked at a time; a panel's 16 rows of them fill a quarter of a level 1 cache.
 constexpr int kStripColumns = 512;
-// Columns whose integer sums are kept before any of them is scaled: the scaling of a single group would wait for its
-// last products, and the next group for it.
-constexpr int kBatchColumns = 256;
 // How far ahead of the codes in use one token's reading asks memory: further than DRAM's latency at its full speed.
 constexpr int kPrefetchBytes = 1024;
 
@@ -178,24 +176,23 @@ struct Tile : Dots<Isa, kBits, Source, kPanels, kTokens> {
 
   LLMQ_INLINE explicit Tile(const Cursor<kPanels>& from) : Base(from.codes, from.q, from.stride), at(from) {}
 
-  // -zero of the group that lies `ahead` of the cursor's.
-  LLMQ_INLINE void zeros_of(int ahead, Ints (&zero)[kVectors]) const {
-    const int scales = ahead < at.left ? 0 : 1 + (ahead - at.left) / at.share;
+  // -zero of the cursor's group
+  LLMQ_INLINE void zeros(Ints (&zero)[kVectors]) const {
     LLMQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      const std::uint8_t* zeros = at.zeros[v / kPerPanel];
-      if (zeros) zeros += scales * kPanelRows + v % kPerPanel * Isa::kRows;
-      zero[v] = Isa::offset_minus_zeros(D::kOffset, zeros, at.mid);
+      const std::uint8_t* from = at.zeros[v / kPerPanel];
+      if (from) from += v % kPerPanel * Isa::kRows;
+      zero[v] = Isa::offset_minus_zeros(D::kOffset, from, at.mid);
     }
   }
 
-  // acc = what the dot products of that group are added to: -zero * sum(x) where sums go on from it, else 0.
-  LLMQ_INLINE void begin(int ahead, Ints (&acc)[kTokens][kVectors]) const {
+  // acc = what the group's dot products are added to: -zero * sum(x) where sums go on from it, else 0.
+  LLMQ_INLINE void begin(Ints (&acc)[kTokens][kVectors]) const {
     Ints zero[kVectors];
-    if constexpr (kGoOn) zeros_of(ahead, zero);
+    if constexpr (kGoOn) zeros(zero);
     LLMQ_UNROLL
     for (int t = 0; t < kTokens; ++t) {
-      const Ints total = Isa::set_ints(at.total[t * at.x_groups + ahead]);
+      const Ints total = Isa::set_ints(at.total[t * at.x_groups]);
       LLMQ_UNROLL
       for (int v = 0; v < kVectors; ++v) {
         acc[t][v] = Isa::set_ints(0);
@@ -207,7 +204,7 @@ struct Tile : Dots<Isa, kBits, Source, kPanels, kTokens> {
   // sum += float(acc, less zero * sum(x)) * (weight scale * activation scale)
   LLMQ_INLINE void add_scaled(const Ints (&acc)[kTokens][kVectors], Floats (&sum)[kTokens][kVectors]) const {
     Ints zero[kVectors];
-    if constexpr (!kGoOn) zeros_of(0, zero);
+    if constexpr (!kGoOn) zeros(zero);
     Floats scale[kVectors];
     LLMQ_UNROLL
     for (int v = 0; v < kVectors; ++v) {
@@ -245,17 +242,11 @@ struct Tile : Dots<Isa, kBits, Source, kPanels, kTokens> {
       LLMQ_UNROLL
       for (int v = 0; v < kVectors; ++v) sum[t][v] = Isa::load(sums + t * kPanels * kPanelRows + v * Isa::kRows);
     }
-    while (at.columns > 0) {
-      // One token reads memory all the time: several groups' sums waiting would only hold its loads up.
-      constexpr int kBatch = kTokens == 1 ? 128 : kBatchColumns;
-      Ints acc[kBatch / kBlockColumns][kTokens][kVectors];
-      int groups = 0;
-      for (std::int64_t room = kBatch; at.columns > 0 && room >= at.group; room -= at.group, ++groups) {
-        begin(groups, acc[groups]);
-        this->add_group(at.columns < at.group ? at.columns : at.group, acc[groups]);
-        at.columns -= at.group;
-      }
-      for (int g = 0; g < groups; ++g, next_group()) add_scaled(acc[g], sum);
+    for (; at.columns > 0; at.columns -= at.group, next_group()) {
+      Ints acc[kTokens][kVectors];
+      begin(acc);
+      this->add_group(at.columns < at.group ? at.columns : at.group, acc);
+      add_scaled(acc, sum);
     }
     LLMQ_UNROLL
     for (int t = 0; t < kTokens; ++t) {
