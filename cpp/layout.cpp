@@ -62,8 +62,8 @@ Layout::Layout(std::int64_t rows, std::int64_t columns, std::int64_t source, int
           "bits of a code are " + std::to_string(bits) + "; the kernels read 2, 3, 4 and 8");
   require(source_group == k || source_group % 32 == 0,
           "group size " + std::to_string(source_group) + " is neither the whole row nor a multiple of 32");
-  require(source_group <= max_group() || source_group % max_group() == 0 || source_group == k,
-          "group size " + std::to_string(source_group) + " is above " + std::to_string(max_group()) +
+  require(source_group <= kMaxGroup || source_group % kMaxGroup == 0 || source_group == k,
+          "group size " + std::to_string(source_group) + " is above " + std::to_string(kMaxGroup) +
               " and no multiple of it");
 }
 

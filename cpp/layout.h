@@ -14,7 +14,7 @@
 //       bits 8: vector v holds quad v
 //
 // Rows beyond n have scale 0. Columns beyond k have code 0; their activations are 0. Activations share a scale over at
-// most max_group columns, and the kernels sum integers no further: they cut wider groups into such pieces.
+// most kMaxGroup columns, and the kernels sum integers no further: they cut wider groups into such pieces.
 #pragma once
 
 #include <cstddef>
@@ -48,8 +48,8 @@ struct Layout {
 
   // Columns over which int8 activations share a scale, at most: what rounding them costs must be small beside what the
   // weights' bits cost. The pieces of a wider group of the weights share its scale, which is stored once.
-  std::int64_t max_group() const { return bits == 8 ? 32 : 64; }
-  std::int64_t group() const { return source_group < max_group() ? source_group : max_group(); }
+  static constexpr std::int64_t kMaxGroup = 64;
+  std::int64_t group() const { return source_group < kMaxGroup ? source_group : kMaxGroup; }
   std::int64_t groups() const { return (k + group() - 1) / group(); }
   std::int64_t source_groups() const { return (k + source_group - 1) / source_group; }
   std::int64_t panels() const { return (n + kPanelRows - 1) / kPanelRows; }

@@ -128,7 +128,7 @@ def test_integer_sums_are_exact(bits: int) -> None:
     scheme = QuantScheme(bits, 128, False)
     q = torch.randint(0, scheme.levels, (50, k), generator=g, dtype=torch.uint8)
     x = torch.randint(-127, 128, (11, k), generator=g).float()
-    x[:, 5::32] = 127  # scale 1, in pieces of 32 columns too
+    x[:, 5::32] = 127  # scale 1, in pieces of a group too
     expected = (x.long() @ (q.long() - 3).T).float()
     assert_same(kernels.qgemm(x, kernels.pack(integer_qtensor(q, 3, scheme))), expected)
 

@@ -241,7 +241,7 @@ def qgemm(x: Tensor, w: PackedWeight, *, bias: Tensor | None = None, activation_
         x: f32[M, K] on the CPU; copied first if not contiguous. No gradient flows through.
         w: packed matrix [N, K].
         bias: f32[N] or None.
-        activation_bits: 8: x is quantized to int8 per row and group (of at most 64 columns; 32 for 8-bit weights),
+        activation_bits: 8: x is quantized to int8 per row and group (of at most 64 columns),
             integers are summed exactly; a row with a NaN or an infinity gives NaN. 16: x stays f32 against dequantized
             weights (slow, for checking).
 
