@@ -15,7 +15,7 @@ namespace {
 
 struct Isa {
   static constexpr int kRows = 16;
-  static constexpr int kPanelsOneToken = 2;
+  static constexpr int kPanelsOneToken = 1;
   // 12 sums and 12 scaled ones, codes, constants: more would not stay in 32 registers while one group is scaled and the
   // next begins.
   static constexpr int kTilePanels = 2;
@@ -106,7 +106,7 @@ struct Isa {
 template <int kBits>
 struct Dot {
   static constexpr int kSpanBlocks = 4;
-  static constexpr int kChains = 2;
+  static constexpr int kChains = 4;
   static constexpr bool kWide = true;
   static constexpr int kUnpackTokens = kNever;
   static constexpr int kOffset = 0;

@@ -11,8 +11,9 @@ constexpr int kBlockQuads = kBlockColumns / 4;
 constexpr int kSweepTokens = 96;
 // Columns unpacked at a time; a panel's 16 rows of them fill a quarter of a level 1 cache.
 constexpr int kStripColumns = 512;
-// How far ahead of the codes in use one token's reading asks memory: further than DRAM's latency at its full speed.
-constexpr int kPrefetchBytes = 1024;
+// How far ahead of the codes in use reading asks memory. DRAM's latency alone would take 2 to 4 KiB at one core's full
+// speed; more bridges the pauses between panels. Panels follow each other, so what lies behind the last code is of use.
+constexpr int kPrefetchBytes = 8192;
 
 // Codes of quad `i` of a block of 32 columns, a byte each, of the rows whose bytes `block` points to.
 template <class Isa, int kBits>
