@@ -201,7 +201,7 @@ def plot(record: Record, path: Path) -> None:
     for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
         keys = [key for key in _keys(record) if key.startswith(kind)]
         (_curves if record["sweep"] else _bars)(axes, record, keys)
-        axes.set(ylabel="tokens/s", title=f"{record['model']['spec']}, {kind}", ylim=(0, None))
+        axes.set(ylabel="tokens/s", title=f"{Path(record['model']['spec']).name}, {kind}", ylim=(0, None))
     figure.axes[0].legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
@@ -244,5 +244,7 @@ def _curves(axes: Any, record: Record, keys: list[str]) -> None:
         lines = [(x, roof(record, engine, key, threads)) for x, key, threads in points]
         known = [(x, y) for x, y in lines if y]
         axes.plot([x for x, _ in known], [y for _, y in known], "--", color=f"C{i}", linewidth=0.8)
+    if over_threads:
+        axes.set_xticks(record["threads"])
     what = f"threads ({keys[0]})" if over_threads else AXIS[keys[0].split()[0]]
     axes.set_xlabel(f"{what}; dashed: what bus or int8 peak allow")
