@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from llmq.models.families import ModelFamily
 from llmq.models.load import SourceModel
+from llmq.products import fast_linears
 from llmq.solvers.hessian import InputStats
 
 # Inputs of a tail linear are kept for all windows only while they fit in this many bytes; else they are computed again.
@@ -191,6 +192,7 @@ class BlockRunner:
                 answer = tail.answer(outputs[i])
                 submodule = self.block.get_submodule(tail.submodule)
                 stack.enter_context(answering(submodule, lambda *_args, answer=answer, **_kwargs: answer))
+            stack.enter_context(fast_linears())
             output = self.block(self.hidden[i], *self.call.args, **self.call.kwargs)
         result = output[0] if isinstance(output, tuple) else output
         assert isinstance(result, Tensor)
@@ -239,7 +241,8 @@ class BlockRunner:
             if keep:
                 self._kept.append(inputs[0])
                 # The teacher's weights are final: its output is known now, and narrower than the input.
-                outputs += [] if teacher is None else [teacher.block.get_submodule(group[0])(inputs[1])]
+                with fast_linears():
+                    outputs += [] if teacher is None else [teacher.block.get_submodule(group[0])(inputs[1])]
         if teacher is not None and keep:
             teacher._settled.append((self.tails[group[0]], outputs))
         return Observed(train, held)
@@ -265,8 +268,9 @@ class BlockRunner:
             return
         linear = self.block.get_submodule(group[0])
         outputs = []
-        while self._kept:
-            outputs.append(linear(self._kept.pop(0)))
+        with fast_linears():
+            while self._kept:
+                outputs.append(linear(self._kept.pop(0)))
         self._settled.append((self.tails[group[0]], outputs))
 
     def forget(self) -> None:

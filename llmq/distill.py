@@ -13,6 +13,7 @@ from torch import Tensor
 from llmq.allocate import TOP
 from llmq.blockwise import BlockCall, answering, compact_embedding, run_block
 from llmq.models.load import SourceModel, materialize
+from llmq.products import fast_linears
 
 # Pieces whose predictions are computed together: the original blocks are read once for all of them.
 TEACHER_BATCH = 8
@@ -105,7 +106,7 @@ class Teacher:
         source = self.head.source
         hidden = [self.entering[p] for p in pieces]
         for i, name in enumerate(source.block_names):
-            with materialize(source.block(i), name, source.reader) as block:
+            with materialize(source.block(i), name, source.reader) as block, fast_linears():
                 hidden = [run_block(block, {}, h, self.calls[i]) for h in hidden]
         for piece, h in zip(pieces, hidden, strict=True):
             log_p, ids = self._most_likely(h[0, self.positions[piece]])

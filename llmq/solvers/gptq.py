@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmq.config import GPTQConfig, QuantScheme
 from llmq.parallel import one_thread
+from llmq.products import matmul
 from llmq.qtensor import QTensor, expand_groups, from_codes, round_to_grid
 from llmq.solvers.grid import search_grid
 from llmq.solvers.hessian import Factor, dead_columns, inverse_factor, shrink_to_diagonal, upper_factor
@@ -147,7 +148,7 @@ def round_with_feedback(W: Tensor, path: Path, scale: Tensor, zero: Tensor, sche
                 e = (w - (q - z) * s) / U[i, i]
                 Wt[i + 1 : i2].addr_(U[i, i + 1 : i2], e, alpha=-1)
                 Err[i - i1] = e
-        Wt[i2:].addmm_(U[i1:i2, i2:].T, Err, alpha=-1)
+        Wt[i2:].sub_(matmul(U[i1:i2, i2:].T, Err))
     codes = torch.empty_like(Q)
     codes[order] = Q
     return codes.T.contiguous()

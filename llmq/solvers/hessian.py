@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmq.products import matmul
+
 # A channel whose mean square is below this share of the average one has not been seen by the calibration text.
 DEAD_SHARE = 1e-10
 # Columns of a tile of H. Half of the products of a large layer are saved, and the tiles stay large enough to be fast.
@@ -71,7 +73,7 @@ class InputStats:
             block = x[some] * roots[some]
             self._add_products(block)
             if self.cross is not None and rest is not None:
-                self.cross += ((rest[some] * roots[some]).T @ block).double()
+                self.cross += matmul((rest[some] * roots[some]).T, block).double()
         self.n_tokens += x.shape[0]
         if x.shape[0]:
             x = x.abs()
@@ -99,7 +101,7 @@ class InputStats:
         k = x.shape[1]
         tiles = [slice(a, min(a + TILE, k)) for a in range(0, k, TILE)]
         for i, rows in enumerate(tiles):
-            strip = x[:, rows].T @ x[:, rows.start :]
+            strip = matmul(x[:, rows].T, x[:, rows.start :])
             self.H[rows, rows.start :] += strip.double()
             for columns in tiles[i + 1 :]:
                 self.H[columns, rows] = self.H[rows, columns].T

@@ -13,6 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from llmq.products import matmul
 from llmq.solvers.hessian import InputStats
 
 # Shares of the earlier layers' error that a linear may be asked to repair. Never more than half: held-out windows of
@@ -43,12 +44,12 @@ class Objective:
     @cached_property
     def pull(self) -> Tensor:
         """W S + R, f32[N, K]: ``loss = tr(W^ S W^T) - 2 <W^, pull>`` up to a constant."""
-        return self.W @ self.S + self.R
+        return matmul(self.W, self.S) + self.R
 
     def rows(self, W_hat: Tensor) -> Tensor:
         """Loss of every row, f64[N]."""
         D = W_hat - self.W
-        return torch.sum((D @ self.S - 2 * self.R) * D, dim=1, dtype=torch.float64)
+        return torch.sum((matmul(D, self.S) - 2 * self.R) * D, dim=1, dtype=torch.float64)
 
     def loss(self, W_hat: Tensor) -> float:
         """Loss summed over the rows."""
@@ -56,12 +57,12 @@ class Objective:
 
     def descent(self, W_hat: Tensor) -> Tensor:
         """Half the negative gradient, f32[N, K]: R - D S."""
-        return self.R - (W_hat - self.W) @ self.S
+        return self.R - matmul(W_hat - self.W, self.S)
 
 
 def measured(W: Tensor, stats: InputStats, name: str) -> Objective:
     """The loss on the tokens of ``stats``, undamped."""
-    R = W @ stats.mean_cross().float() if stats.cross is not None else torch.zeros_like(W)
+    R = matmul(W, stats.mean_cross().float()) if stats.cross is not None else torch.zeros_like(W)
     return Objective(W, stats.hessian(name).float(), R)
 
 
@@ -70,6 +71,6 @@ def choose_alpha(repair: Tensor, held: Objective) -> float:
 
     The loss is a quadratic in alpha: two products tell it for every alpha.
     """
-    square = float(torch.sum((repair @ held.S) * repair, dtype=torch.float64))
+    square = float(torch.sum(matmul(repair, held.S) * repair, dtype=torch.float64))
     linear = float(torch.sum(repair * held.R, dtype=torch.float64))
     return min(ALPHAS, key=lambda a: (a * a * square - 2 * a * linear, a))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmq.config import QuantScheme
 from llmq.parallel import one_thread, rows_side_by_side
+from llmq.products import matmul
 from llmq.qtensor import MAX_SCALE, centred, expand_groups, group_sums, round_to_grid, storable_scale
 from llmq.solvers.objective import Objective
 
@@ -102,7 +103,7 @@ def descend(
         for i1 in range(0, K, BLOCK):
             i2 = min(i1 + BLOCK, K)
             delta = _descend_panel(Q, What, Rt[i1:i2].clone(), St, Zt, S[i1:i2, i1:i2], i1, scheme.levels)
-            Rt.addmm_(S[:, i1:i2], delta, alpha=-1)
+            Rt.sub_(matmul(S[:, i1:i2], delta))
     return Q.T.contiguous()
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from llmq.config import GPTQConfig, QuantScheme, RecipeConfig, replace
+from llmq.products import matmul
 from llmq.qtensor import QTensor, dequantize, from_codes
 from llmq.solvers import gptq
 from llmq.solvers.hessian import InputStats
@@ -81,11 +82,11 @@ def _solve_damped(
     steps: tuple[str, ...],
 ) -> tuple[QTensor, dict[str, Any]]:
     prepared = _prepared(name, train, cfg)
-    power = float(torch.sum((W @ judge.S) * W, dtype=torch.float64)) or 1.0
+    power = float(torch.sum(matmul(W, judge.S) * W, dtype=torch.float64)) or 1.0
     objective, report = Objective(W, prepared.S, torch.zeros_like(W)), RecipeReport(0.0, held_out)
     target = W
     if "target" in steps and held_out and train.cross is not None:
-        R = W @ train.mean_cross().float()
+        R = matmul(W, train.mean_cross().float())
         repair = prepared.solve_right(R)
         report.alpha = choose_alpha(repair, judge)
         objective, target = Objective(W, prepared.S, report.alpha * R), W + report.alpha * repair
