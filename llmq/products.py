@@ -49,7 +49,11 @@ def _takes(x: Tensor, w: Tensor) -> bool:
 
 
 def _through_onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x.reshape(-1, x.shape[-1]), w, bias, "none", [], "")
+    # Of rows that lie apart it makes use by loops without vectors, a hundred times slower.
+    if not (w.is_contiguous() or w.T.is_contiguous()):
+        w = w.contiguous() if w.stride(1) == 1 else w.T.contiguous().T
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(flat, w, bias, "none", [], "")
     return out.reshape(*x.shape[:-1], w.shape[0])
 
 

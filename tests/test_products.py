@@ -44,6 +44,9 @@ def test_products_are_those_of_fp64(onednn: list[tuple[int, ...]], m: int, k: in
     for left, right in ((a, b), (a.T.contiguous().T, b), (a, b.T.contiguous().T)):
         close(products.matmul(left, right), expected, terms)
     assert onednn == [(m, k, n)] * 3
+    wide = torch.randn(k, m + n + 7, generator=g)  # columns of a wider matrix, as tiles of a Hessian are
+    left, right = wide[:, 5 : 5 + m].T, wide[:, m : m + n]
+    close(products.matmul(left, right), left.double() @ right.double(), left.abs().double() @ right.abs().double())
 
 
 def test_linears_of_a_module(onednn: list[tuple[int, ...]]) -> None:
