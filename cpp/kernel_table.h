@@ -34,10 +34,6 @@ struct PackedMatrix {
   std::int32_t share;           // neighbouring groups that share one scale and zero
 };
 
-// Columns from one row of int8 activations to the next: a whole and odd number of cache lines. With an even one, a
-// power of two above all, the rows of a tile would fall on few sets of the level 1 cache and push each other out.
-inline constexpr std::int64_t activation_stride(std::int64_t k) { return ((k + 63) / 64 | 1) * 64; }
-
 // Activations quantized per row and group: x ~ scale * q. Rows are padded with zeros up to their stride.
 struct QuantizedRows {
   std::int8_t* q;       // i8[m, stride], -127 .. 127

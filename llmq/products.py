@@ -49,7 +49,7 @@ def _takes(x: Tensor, w: Tensor) -> bool:
 
 
 def _through_onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    # Of rows that lie apart it makes use by loops without vectors, a hundred times slower.
+    # Matrices whose rows lie apart, as slices do, it multiplies without vectors, a hundred times slower.
     if not (w.is_contiguous() or w.T.is_contiguous()):
         w = w.contiguous() if w.stride(1) == 1 else w.T.contiguous().T
     flat = x.reshape(-1, x.shape[-1]).contiguous()

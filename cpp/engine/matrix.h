@@ -87,6 +87,10 @@ void multiply_panels(const KernelTable& table, const Inputs& in, const Product& 
 // out f32[k] = row `row` of W.
 void take_row(const KernelTable& table, const Matrix& w, std::int64_t row, float* out);
 
+// Columns from one row of int8 activations to the next: a whole and odd number of cache lines. With an even one, a
+// power of two above all, the rows of a tile would fall on few sets of the level 1 cache and push each other out.
+constexpr std::int64_t activation_stride(std::int64_t k) { return ((k + 63) / 64 | 1) * 64; }
+
 // Tokens whose activations stay in a core's own cache while panels pass by.
 std::int64_t token_block(std::int64_t m, std::int64_t bytes_a_token);
 
