@@ -356,7 +356,7 @@ void run_panels(const Qgemm& job, std::int64_t panel, Range tokens) {
   if (count < Dot<kBits>::kUnpackTokens) {
     const auto at = cursor_at<kBits, kPanels>(job, panel, tokens.begin, 0, job.w.k);
     run_tiles<Isa, kBits, FromPanel<Isa, kBits>, kPanels, kTokens>(count, at, sums);
-  } else if constexpr (kTokens > 1) {
+  } else if constexpr (kTokens > 1 && Dot<kBits>::kUnpackTokens != kNever) {
     sweep<Isa, kBits, kPanels>(job, panel, tokens, sums);
   }
   const std::int64_t row = panel * kPanelRows;
