@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,8 @@ from llmq.bench.engines import ENGINES, Engine, Source
 
 Tiny = Callable[..., Path]
 PEERS = {"onnx-genai-int4": "genai_config.json", "openvino-int4": "config.json"}
+# Seconds that a stand-in takes for a token: clocks are coarse enough on some machines to see none.
+WORK = 2e-4
 
 
 class FakeGenerator:
@@ -36,6 +39,7 @@ class FakeGenerator:
 
     def generate_next_token(self) -> None:
         assert self.tokens
+        time.sleep(WORK)
         if len(self.tokens) < self.options["max_length"]:
             self.tokens.append(7)
 
@@ -62,7 +66,9 @@ def fake_openvino(seen: dict[str, Any]) -> SimpleNamespace:
             seen.update(properties, device=device)
 
         def generate(self, inputs: Any, config: Any, streamer: Any) -> SimpleNamespace:
+            time.sleep(WORK)
             for _ in range(config.max_new_tokens if streamer is not None else 0):
+                time.sleep(WORK)
                 streamer.write(3)
             return SimpleNamespace(tokens=[[3] * (config.max_new_tokens - seen.get("short", 0))] * len(inputs.ids))
 
