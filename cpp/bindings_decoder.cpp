@@ -121,6 +121,19 @@ std::unique_ptr<Sequence> new_sequence(const Decoder& decoder, const std::vector
   return std::make_unique<Sequence>(decoder.kv_shape(std::move(shapes)));
 }
 
+// A sequence of no decoder; a layer without a window has 0.
+std::unique_ptr<Sequence> shaped_sequence(std::int64_t kv_heads, std::int64_t head_dim,
+                                          const std::vector<std::int64_t>& windows,
+                                          const std::vector<std::pair<int, int>>& layers, int near_bits, bool by_column,
+                                          bool rotate, std::int64_t sinks, std::int64_t recent) {
+  KvShape shape{.heads = kv_heads, .head_dim = head_dim, .layers = {}};
+  for (std::size_t i = 0; i < layers.size(); ++i) {
+    shape.layers.push_back(layer_shape(layers[i], near_bits, by_column, rotate, sinks, recent));
+    shape.layers.back().window = windows.at(i);
+  }
+  return std::make_unique<Sequence>(std::move(shape));
+}
+
 // Attention of the last `count` of `length` tokens, as one layer of a decoder computes it. Rotation is the caller's.
 void attend(Address q, Address k, Address v, std::int64_t count, std::int64_t length, std::int64_t heads,
             std::int64_t kv_heads, std::int64_t head_dim, std::pair<int, int> bits, bool by_column, std::int64_t sinks,
@@ -185,6 +198,9 @@ void restore(Sequence& sequence, std::int64_t length, const std::vector<HeldPage
 void bind_sequence(py::module_& m) {
   m.attr("KV_LAYOUT_VERSION") = kKvLayoutVersion;
   m.def("shared_bytes", &shared_bytes, "sequences"_a, "bytes held by sequences together; a shared page counts once");
+  m.def("shaped_sequence", &shaped_sequence, py::kw_only(), "kv_heads"_a, "head_dim"_a, "windows"_a, "layers"_a,
+        "near_bits"_a, "by_column"_a, "rotate"_a, "sinks"_a, "recent"_a,
+        "keys and values of no decoder, to see what they take");
   // What changes a sequence takes its lock, so that no step runs meanwhile.
   py::class_<Sequence>(m, "Sequence", "Keys and values of one sequence.")
       .def_property_readonly("length", &Sequence::length)

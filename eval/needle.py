@@ -48,8 +48,8 @@ def run(args: argparse.Namespace) -> None:
     """Check, load, measure; print the table and write the files."""
     check_output(args.json)
     check_plot(args.plot)
-    if args.kv_budget is not None:
-        raise ValueError("--kv-budget is not known here; give the bits (--kv-bits 16,8,4)")
+    if kv_feed.chooses(args):
+        raise ValueError("--kv-budget and auto are not known here; give the bits (--kv-bits 16,8,4)")
     feeds = [kv_feed.parse(text, args) for text in (args.kv_bits or "16,8,4").split(",")]
     contexts, depths = numbers(args.contexts), [d / 100 for d in numbers(args.depths)]
     if args.trials < 1:

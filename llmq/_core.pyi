@@ -115,6 +115,18 @@ class Sequence:
 KV_LAYOUT_VERSION: int
 
 def shared_bytes(sequences: list[Sequence]) -> int: ...
+def shaped_sequence(
+    *,
+    kv_heads: int,
+    head_dim: int,
+    windows: list[int],
+    layers: list[tuple[int, int]],
+    near_bits: int,
+    by_column: bool,
+    rotate: bool,
+    sinks: int,
+    recent: int,
+) -> Sequence: ...
 def attend(
     *,
     q: int,

@@ -8,6 +8,7 @@ way out.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import re
 from dataclasses import dataclass, field
@@ -242,7 +243,7 @@ class CalibConfig:
 class KVCacheConfig:
     """Precision of cached keys and values; 16 bits is the unquantized cache.
 
-    ``layers`` overrides the bits of single layers, one text a layer (``k8v4``); empty: every layer has the same.
+    ``layers``: bits of each layer, one text a layer (``k8v4``); empty: every layer has the same.
     """
 
     k_bits: int = option(16, "bits of a cached key", choices=KV_BITS)
@@ -274,14 +275,20 @@ class KVCacheConfig:
         return _kv_bits(self.layers[layer]) if self.layers else (self.k_bits, self.v_bits)
 
     def __str__(self) -> str:
-        """``8`` when keys and values have the same bits, else ``k8v4``; ``by layer`` where layers have their own."""
+        """``8`` when keys and values have the same bits, else ``k8v4``; by layer ``8*2,k8v4``; ``parse`` reads it."""
         if self.layers:
-            return "by layer"
+            runs = [(text, len(list(same))) for text, same in itertools.groupby(self.layers)]
+            return ",".join(f"{text}*{n}" if n > 1 or len(runs) == 1 else text for text, n in runs)
         return str(self.k_bits) if self.k_bits == self.v_bits else f"k{self.k_bits}v{self.v_bits}"
 
     @classmethod
     def parse(cls, text: str) -> KVCacheConfig:
-        """The configuration called ``16``, ``8``, ``4``, ``2`` or ``k8v4``. Raises ValueError naming what is known."""
+        """The configuration called ``16``, ``8``, ``4``, ``2`` or ``k8v4``, or, layer by layer, ``8*2,k8v4``.
+
+        Raises ValueError naming what is known.
+        """
+        if "," in text or "*" in text:
+            return cls(layers=tuple(itertools.chain.from_iterable(map(_run_of_layers, text.split(",")))))
         k_bits, v_bits = _kv_bits(text)
         return cls(k_bits, v_bits)
 
@@ -291,16 +298,47 @@ class KVCacheConfig:
         return kv if isinstance(kv, KVCacheConfig) else cls.parse(kv)
 
 
+KV_AUTO = "auto"
+
+
 @dataclass(frozen=True)
 class RuntimeConfig:
     """What a checkpoint asks of whoever runs it, as long as nothing else is asked for."""
 
     kv_bits: str = option(
-        "16", "bits of the keys and values that the native decoder caches by default: 16, 8, 4, k8v4, ..."
+        "16",
+        "bits of the keys and values that the native decoder caches by default: 16, 8, 4, k8v4, ..., by layer as "
+        "8*2,4*16, or auto: 4, and more in layers whose attention needs it",
     )
+    kv_budget: str = option(
+        "", "instead of --kv-bits: bits by layer, so that the cache of --kv-context tokens takes at most this (200M)"
+    )
+    kv_context: int = option(0, "tokens that --kv-budget and auto count; 0: the model's context, at most 8192")
 
     def __post_init__(self) -> None:
-        KVCacheConfig.parse(self.kv_bits)
+        if self.kv_bits != KV_AUTO:
+            KVCacheConfig.parse(self.kv_bits)
+        if self.kv_budget:
+            parse_size(self.kv_budget)
+            if self.kv_bits != "16":
+                raise ValueError(
+                    f"--kv-bits {self.kv_bits} and --kv-budget {self.kv_budget} exclude each other; give one"
+                )
+        if self.kv_context < 0:
+            raise ValueError(f"kv-context is {self.kv_context}; it counts tokens: at least 1")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether bits are chosen by what they do to the model."""
+        return bool(self.kv_budget) or self.kv_bits == KV_AUTO
+
+
+def _run_of_layers(text: str) -> list[str]:
+    m = re.fullmatch(r"\s*(\w+)(?:\*(\d{1,4}))?\s*", text)
+    if not m or m[2] and int(m[2]) == 0:
+        raise ValueError(f"kv bits of layers {text!r} are not of the form <bits> or <bits>*<layers>, as in 8*2,k8v4*16")
+    _kv_bits(m[1])
+    return [m[1]] * int(m[2] or 1)
 
 
 def _kv_bits(text: str) -> tuple[int, int]:

@@ -287,8 +287,8 @@ def run(args: argparse.Namespace) -> Score:
     kv = kv_feed.from_args(args)
     subjects, text, protocol = prepare(args)
     models = [subject.load() for subject in subjects]
-    if kv is not None and args.kv_budget is not None:
-        kv, chosen = kv_feed.within_budget(kv, args, models[0], subjects[0].tokenizer)
+    if kv is not None and kv_feed.chooses(args):
+        kv, chosen = kv_feed.choose(kv, args, models[0], subjects[0].tokenizer)
         print(chosen)
     if args.activation_bits is not None:
         set_activation_bits(models[0], args.activation_bits)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from llmq import calibration
 from llmq.blockwise import Observed
-from llmq.config import BudgetConfig, CalibConfig, QuantScheme, RuntimeConfig
+from llmq.config import BudgetConfig, CalibConfig, QuantScheme, RuntimeConfig, parse_size
+from llmq.kv_budget import Choice, of_source, usual_context
 from llmq.models.load import SourceModel
 from llmq.plan import BASE_BYTES, Plan, make_plan
 from llmq.report import Log, duration
@@ -49,6 +50,7 @@ class Job:
         digests: of every matrix that was solved.
         learned: lines of the report of what was learned, by step; a step that is not there was not asked for.
         learning_seconds: spent on that so far.
+        kv: bits of the KV cache by layer, where these were to be chosen.
     """
 
     source: SourceModel
@@ -70,9 +72,25 @@ class Job:
     digests: dict[str, str] = field(default_factory=dict)
     learned: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     learning_seconds: float = 0.0
+    kv: Choice | None = None
 
     def __post_init__(self) -> None:
         self.use({})
+
+    @property
+    def runs_with(self) -> RuntimeConfig:
+        """What the folder asks of whoever runs it."""
+        return self.runtime if self.kv is None else RuntimeConfig(kv_bits=str(self.kv.config))
+
+    def choose_kv(self) -> None:
+        """Settle the bits of the KV cache. Raises ValueError when a budget is too small for any."""
+        if not self.runtime.chooses:
+            return
+        context = self.runtime.kv_context or usual_context(self.source.config)
+        self.log(f"measuring what few bits of keys and values do to each layer, for {context} tokens")
+        subject, budget = of_source(self.source, context), self.runtime.kv_budget
+        self.kv = subject.within(parse_size(budget)) if budget else subject.auto()
+        self.log(self.kv.table())
 
     def asked(self) -> dict[str, Any]:
         """What was asked for, as plain JSON types: the report's options."""

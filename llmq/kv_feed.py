@@ -7,7 +7,6 @@ Hugging Face graph.
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,17 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq.calibration import stdlib_text
-from llmq.config import KEY_SCALES, KVCacheConfig
-from llmq.kv_budget import choose, parse_bytes
+from llmq.config import KEY_SCALES, KV_AUTO, KVCacheConfig, parse_size
+from llmq.kv_budget import MAX_CONTEXT, of_model, probe_tokens, usual_context
 from llmq.runtime.cache import NativeCache
 from llmq.runtime.causal_lm import decoder_of, kv_config
 from llmq.runtime.native import NativeDecoder
 from llmq.runtime.quantized_cache import QuantizedKVCache
 from llmq.score import CacheMemory
-
-MAX_CONTEXT = 8192  # for which a budget counts where nothing else is asked for
-PROBE_TOKENS = 1024  # on which the error of a layer is measured
 
 
 @dataclass(frozen=True)
@@ -34,13 +29,10 @@ class KVFeed:
 
     In a QuantizedKVCache a chunk's own tokens see one another exactly, whatever ``config.recent`` is; with a chunk of 1
     it is used as in decoding. In the native cache a token sees the same whatever the chunk.
-
-    ``graph``: through a QuantizedKVCache even where there is a native decoder.
     """
 
     config: KVCacheConfig
     chunk: int = 64
-    graph: bool = False
 
     def __post_init__(self) -> None:
         if self.chunk < 1:
@@ -48,7 +40,7 @@ class KVFeed:
 
     def native(self, model: Any) -> NativeDecoder | None:
         """The decoder whose own cache is used; None: a QuantizedKVCache in the graph."""
-        return None if self.graph else decoder_of(model)
+        return decoder_of(model)
 
     def new_cache(self, model: Any) -> NativeCache | QuantizedKVCache:
         """An empty cache for ``model``. Raises ValueError as QuantizedKVCache does."""
@@ -77,7 +69,7 @@ class KVFeed:
     def describe(self, model: Any) -> str:
         """The cache's protocol in words, as it is with ``model``."""
         c = self.config
-        bits = f"layers {' '.join(c.layers)}" if c.layers else f"keys {c.k_bits} bits, values {c.v_bits} bits"
+        bits = f"layers {c}" if c.layers else f"keys {c.k_bits} bits, values {c.v_bits} bits"
         turned = "heads rotated" if c.rotate else "no rotation"
         keys = f"keys below 8 bits have scales by {c.key_scales}; {turned}"
         kept = f"{c.sinks} sinks and, below 8 bits, {c.recent} recent tokens in 16 bits"
@@ -90,11 +82,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     defaults = KVCacheConfig()
     about = (
         "score through a quantized KV cache: the native decoder's own for checkpoints of llmq, a QuantizedKVCache in "
-        "the Hugging Face graph for other models and with --kv-budget"
+        "the Hugging Face graph for other models"
     )
     group = parser.add_argument_group("KV cache", about)
-    text = "bits of keys and values (default: those of the checkpoint, else no quantized cache)"
-    group.add_argument("--kv-bits", metavar="8|4|k8v4|...", help=text)
+    text = "bits of keys and values, by layer as 8*2,4*16, or auto: 4, and more in layers whose attention needs it "
+    text += "(default: those of the checkpoint, else no quantized cache)"
+    group.add_argument("--kv-bits", metavar="8|4|k8v4|...|auto", help=text)
     group.add_argument("--kv-chunk", type=int, default=64, metavar="N", help="tokens fed at a time (default 64)")
     text = f"scales of keys below 8 bits: by channel, over 64 tokens, or by token (default {defaults.key_scales})"
     group.add_argument("--kv-key-scales", choices=KEY_SCALES, default=defaults.key_scales, help=text)
@@ -119,15 +112,21 @@ def parse(text: str, args: argparse.Namespace) -> KVFeed:
 
 
 def from_args(args: argparse.Namespace) -> KVFeed | None:
-    """The feed that ``args`` ask for; with --kv-budget its bits are still to be chosen; None without either."""
-    if args.kv_budget is None:
-        return None if args.kv_bits is None else parse(args.kv_bits, args)
-    if args.kv_bits is not None:
-        raise ValueError(f"--kv-bits {args.kv_bits} and --kv-budget {args.kv_budget} exclude each other; give one")
-    parse_bytes(args.kv_budget)
+    """The feed that ``args`` ask for, its bits still to be chosen where :func:`chooses`; None without either option."""
+    if args.kv_budget is not None:
+        if args.kv_bits is not None:
+            raise ValueError(f"--kv-bits {args.kv_bits} and --kv-budget {args.kv_budget} exclude each other; give one")
+        parse_size(args.kv_budget)
     if args.kv_context is not None and args.kv_context < 1:
         raise ValueError(f"kv-context is {args.kv_context}; it counts tokens: at least 1")
-    return replace(parse("2", args), graph=True)
+    if chooses(args):
+        return parse("2", args)
+    return None if args.kv_bits is None else parse(args.kv_bits, args)
+
+
+def chooses(args: argparse.Namespace) -> bool:
+    """Whether ``args`` ask for bits that are chosen by what they do to the model."""
+    return args.kv_budget is not None or args.kv_bits == KV_AUTO
 
 
 def of_checkpoint(model: Any, chunk: int = KVFeed.chunk) -> KVFeed | None:
@@ -136,14 +135,20 @@ def of_checkpoint(model: Any, chunk: int = KVFeed.chunk) -> KVFeed | None:
     return None if config is None or config == KVCacheConfig() else KVFeed(config, chunk)
 
 
-def within_budget(kv: KVFeed, args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[KVFeed, str]:
-    """(``kv`` with the bits that --kv-budget allows each layer, the table of them), measured on Python's documentation.
+def choose(kv: KVFeed, args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[KVFeed, str]:
+    """(``kv`` with the bits of each layer that ``args`` ask for, the table of them), measured on Python's documentation.
 
     Raises ValueError naming the sizes if not even 2 bits fit.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or MAX_CONTEXT
-    text = "\n\n".join(itertools.islice(stdlib_text.texts(), 40))
-    ids = tokenizer(text, verbose=False)["input_ids"][: min(PROBE_TOKENS, limit)]
-    context = args.kv_context or min(limit, MAX_CONTEXT)
-    choice = choose(model, torch.tensor(ids), parse_bytes(args.kv_budget), context, kv.config)
+    context = args.kv_context or usual_context(model.config)
+    subject, decoder = of_model(model, probe_tokens(tokenizer, context), context, kv.config), kv.native(model)
+    if decoder is not None:
+
+        def measured(config: KVCacheConfig) -> int:
+            sequence = decoder.new_sequence(kv=config)
+            sequence.skip(context)
+            return sequence.nbytes
+
+        subject = replace(subject, measured=measured)
+    choice = subject.within(parse_size(args.kv_budget)) if args.kv_budget is not None else subject.auto()
     return replace(kv, config=choice.config), choice.table()

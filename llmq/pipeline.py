@@ -121,6 +121,7 @@ def quantize_model(
     check_output(folder.absolute(), overwrite=overwrite, expected_bytes=size, source=source.folder)
     table = {k: v for k, v in named.items() if k != "origin"} | {"calibration": job.describe_text()}
     log(plan_table(job.plan, **table, output=folder))
+    job.choose_kv()
     if budget.max_kl:
         report, plan = smallest_model(job, folder, named, overwrite=overwrite, run=_run)
         log(summary(folder.absolute(), plan, report))
@@ -183,6 +184,7 @@ def _run(
     if job.divergence is not None:
         report["divergence"] = job.divergence
     report |= {"learned": job.learned} if job.learned else {}
+    report |= {"kv_cache": job.kv.to_json()} if job.kv is not None else {}
     writer.finish(job.source.folder, config, report, model_card(job.plan, report, writer.folder.name))
     check_size(writer.partial, job.budget)
     job.log("reading the folder back")
@@ -329,7 +331,7 @@ def _config_json(job: Job) -> dict[str, Any]:
     config["dtype"] = "float32"
     producer = f"llmq {versions()['llmq']}"
     config["quantization_config"] = quantization_config(
-        job.plan.schemes(), job.scheme, job.plan.tied, producer, job.runtime
+        job.plan.schemes(), job.scheme, job.plan.tied, producer, job.runs_with
     )
     return config
 

@@ -44,8 +44,11 @@ def helps() -> bool:
 
 def _takes(x: Tensor, w: Tensor) -> bool:
     plain = all(t.dtype == torch.float32 and t.is_cpu and t.layout == torch.strided for t in (x, w))
-    learns = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
-    return plain and not learns and w.dim() == 2 and x.dim() >= 1 and x.numel() * w.shape[0] >= LEAST_WORK
+    return plain and w.dim() == 2 and x.dim() >= 1 and x.numel() * w.shape[0] >= LEAST_WORK
+
+
+def _learns(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _through_onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
@@ -57,21 +60,39 @@ def _through_onednn(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
     return out.reshape(*x.shape[:-1], w.shape[0])
 
 
+class _Linear(torch.autograd.Function):
+    """``F.linear`` whose gradients are products through oneDNN as well; the op itself has none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return _through_onednn(x, w, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (dy,), (x, w) = grads, ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        dx = _through_onednn(dy, w.T, None) if ctx.needs_input_grad[0] else None
+        dw = _through_onednn(rows.T, x.reshape(-1, x.shape[-1]).T, None) if ctx.needs_input_grad[1] else None
+        return dx, dw, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a [M, K] times b [K, N], f32."""
-    return _through_onednn(a, b.T, None) if helps() and _takes(a, b) else a @ b
+    """a [M, K] times b [K, N], f32; no gradient is asked for."""
+    return _through_onednn(a, b.T, None) if helps() and _takes(a, b) and not _learns(a, b) else a @ b
 
 
 class _Linears(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and not kwargs and _takes(args[0], args[1]):
-            return _through_onednn(args[0], args[1], args[2] if len(args) > 2 else None)
+            x, w, bias = args if len(args) > 2 else (*args, None)
+            return _Linear.apply(x, w, bias) if _learns(x, w, bias) else _through_onednn(x, w, bias)
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def fast_linears() -> Iterator[None]:
-    """Within the context, in this thread, fp32 linears that need no gradient go the faster way."""
+    """Within the context, in this thread, fp32 linears go the faster way, and so do their gradients."""
     if not helps():
         yield
         return

@@ -35,6 +35,8 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "only": ("--steps",),
     "target_bpw": ("--target-bpw", "--target_bpw"),
     "kv_bits": ("--kv-bits", "--kv_bits"),
+    "kv_budget": ("--kv-budget", "--kv_budget"),
+    "kv_context": ("--kv-context", "--kv_context"),
     "target_size": ("--target-size", "--target_size"),
     "max_kl": ("--max-kl", "--max_kl"),
     "save_stats": ("--save-stats", "--save_stats"),

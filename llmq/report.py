@@ -177,8 +177,13 @@ def mean_errors(rows: list[dict[str, Any]]) -> tuple[float, float] | None:
 
 def kv_default(report: dict[str, Any]) -> str | None:
     """The bits of cached keys and values that a folder asks for, in words; None: 16, the usual."""
-    bits = report["options"].get("kv_bits", "16")
-    return None if bits == "16" else f"{bits} bits" if bits.isdigit() else f"{bits} (bits of keys and values)"
+    chosen = report.get("kv_cache")
+    bits = chosen["bits"] if chosen else report["options"].get("kv_bits", "16")
+    if bits == "16":
+        return None
+    text = f"{bits} bits" if bits.isdigit() else f"{bits} (bits of keys and values)"
+    protected = ", ".join(chosen["protected"]) if chosen else ""
+    return f"{text}, protected: {protected}" if protected else text
 
 
 def load_lines(folder: Path | str) -> list[str]:

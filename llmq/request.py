@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llmq import calibration, learn
 from llmq.allocate import check_budget, read_plan
-from llmq.config import BudgetConfig, CalibConfig, QuantScheme, RuntimeConfig, StatsConfig, one_of
+from llmq.config import BudgetConfig, CalibConfig, KVCacheConfig, QuantScheme, RuntimeConfig, StatsConfig, one_of
 from llmq.job import Job
 from llmq.models.load import open_model
 from llmq.models.resolve import resolve
@@ -38,6 +38,7 @@ def open_job(
     if reads_text:
         calibration.check(calib, max_positions=source.max_positions)
     bank = open_bank(stats.stats, source, options.gptq.sink_share) if stats.stats else None
+    check_layers(runtime, len(source.block_names))
     job = Job(source, scheme, head_bits, row, options, calib, runtime, log, budget, bank)
     if budget.plan:
         job.use(read_plan(budget.plan, [*job.plan.linears, *job.plan.tables]))
@@ -47,6 +48,15 @@ def open_job(
     if job.sampled:
         check_memory(job.plan)
     return job, {"model": model, "family": source.family.name, "method": method, "origin": resolved.origin}
+
+
+def check_layers(runtime: RuntimeConfig, n_layers: int) -> None:
+    """Raise ValueError where bits of the KV cache are given for another number of layers."""
+    layers = () if runtime.chooses else KVCacheConfig.parse(runtime.kv_bits).layers
+    if layers and len(layers) != n_layers:
+        raise ValueError(
+            f"--kv-bits {runtime.kv_bits} names {len(layers)} layers; the model has {n_layers}: name each once"
+        )
 
 
 def check_method(method: str, budget: BudgetConfig, stats: StatsConfig) -> None:

@@ -194,7 +194,7 @@ def _trial(job: Job, choices: Choices, nbytes: int) -> Job:
     trial = Job(job.source, job.scheme, job.head_bits, job.method, job.options, job.calib, job.runtime, log, job.budget)
     chosen = choices.within(nbytes)
     trial.use(chosen.schemes)
-    trial.divergence = chosen.divergence
+    trial.divergence, trial.kv = chosen.divergence, job.kv
     return trial
 
 

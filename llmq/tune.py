@@ -22,6 +22,7 @@ from llmq.checkpoint import CheckpointWriter, matrix_from_tensors, matrix_layout
 from llmq.distill import LOGITS_BYTES, Head, Teacher
 from llmq.models.load import SourceModel
 from llmq.plan import Matrix
+from llmq.products import fast_linears
 from llmq.qtensor import QTensor, centred, dequantize, from_codes, group_sums, storable_scale
 from llmq.report import Log, current_rss, duration, size
 
@@ -206,6 +207,7 @@ def memory_needed(source: SourceModel, matrices: Sequence[Matrix], n_tokens: int
     )
 
 
+@fast_linears()
 def tune(
     source: SourceModel,
     writer: CheckpointWriter,

@@ -53,6 +53,23 @@ def test_kv_bits_of_a_layer() -> None:
     assert [cfg.of_layer(i) for i in range(2)] == [(8, 4), (4, 4)]
 
 
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [("8*2,k8v4", ("8", "8", "k8v4")), ("4*3", ("4",) * 3), ("4,16,4", ("4", "16", "4")), ("8*1", ("8",))],
+)
+def test_kv_bits_by_layer_read_as_they_print(text: str, layers: tuple[str, ...]) -> None:
+    cfg = KVCacheConfig.parse(text)
+    assert (cfg.layers, str(cfg)) == (layers, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("8,", "form <bits> or <bits>\\*<layers>"), ("8*0", "form <bits>"), ("4,5", "known: 16, 8")]
+)
+def test_kv_bits_by_layer_that_do_not_exist(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KVCacheConfig.parse(text)
+
+
 @pytest.mark.parametrize(("text", "message"), [("5", "known: 16, 8, 4, 2"), ("v4", "form <bits> or k<bits>v<bits>")])
 def test_kv_bits_that_do_not_exist(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

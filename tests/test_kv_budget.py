@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmq import KVCacheConfig, QuantizedKVCache
-from llmq.kv_budget import LADDER, choose, measure, parse_bytes
+from llmq import CalibConfig, KVCacheConfig, QuantizedKVCache, RuntimeConfig, kv_budget, quantize_model
+from llmq.checkpoint import REPORT_NAME
+from llmq.kv_budget import LADDER, Choice, Subject, measure, of_model, of_source
+from llmq.models.load import open_model
+from llmq.quantize import main
 
 Tiny = Callable[..., Path]
 BASE = KVCacheConfig(sinks=2, recent=0)
@@ -25,6 +29,10 @@ def model(request: pytest.FixtureRequest, tiny_model: Tiny) -> Any:
 
 def text(n: int = 150) -> torch.Tensor:
     return torch.randint(10, 384, (n,), generator=torch.Generator().manual_seed(0))
+
+
+def choose(model: Any, tokens: torch.Tensor, budget: int, context: int, base: KVCacheConfig) -> Choice:
+    return of_model(model, tokens, context, base).within(budget)
 
 
 def test_the_model_is_as_before(model: Any) -> None:
@@ -103,14 +111,93 @@ def test_a_budget_that_2_bits_do_not_fit(model: Any) -> None:
         choose(model, text(), 1000, 400, BASE)
 
 
+# Without a budget
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma2"])
+def test_block_by_block_the_errors_are_those_of_the_whole_model(
+    tiny_model: Tiny, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(tiny_model(family)).eval()
+    monkeypatch.setattr(kv_budget, "probe_tokens", lambda _tokenizer, _most: text())
+    costs = of_source(open_model(tiny_model(family)), 300, BASE).layers
+    for ours, theirs in zip(costs, measure(whole, text(), 300, BASE), strict=True):
+        assert (ours.index, ours.window, ours.nbytes) == (theirs.index, theirs.window, theirs.nbytes)
+        assert ours.error == pytest.approx(theirs.error, rel=1e-3)
+
+
+def test_layers_that_need_it_are_protected(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = of_model(model, text(), 400, BASE)
+    errors = {(i, part): c.error[part, 4] for i, c in enumerate(subject.layers) for part in (0, 1)}
+    worst = max(errors, key=lambda key: errors[key])
+    between = sorted(errors.values())[-2:]
+    monkeypatch.setattr(kv_budget, "MOST_ERROR", sum(between) / 2)
+    choice = subject.auto()
+    expected = [[4, 4], [4, 4]]
+    expected[worst[0]][worst[1]] = 8
+    assert [list(pair) for pair in choice.bits] == expected
+    assert choice.protected == [f"{('keys', 'values')[worst[1]]} of layer {worst[0]} (8 bits)"]
+    assert choice.table().endswith(f": {choice.protected[0]}")
+    monkeypatch.setattr(kv_budget, "MOST_ERROR", 1.0)
+    assert str(subject.auto().config) == "k4v4*2"
+    assert subject.auto().table().endswith(": none")
+    monkeypatch.setattr(kv_budget, "MOST_ERROR", 0.0)
+    assert {b for pair in subject.auto().bits for b in pair} == {16}
+
+
+def test_pages_that_do_not_fit_cost_bits(model: Any) -> None:
+    subject = of_model(model, text(), 400, BASE)
+    takes = {bits: 10_000 + 1500 * bits for bits in range(8, 33)}
+    pages = Subject(subject.layers, subject.n_layers, 400, BASE, lambda kv: takes[bits_of(kv)])
+    assert bits_of(subject.within(takes[20]).config) > 20
+    assert 8 < bits_of(pages.within(takes[20]).config) <= 20
+    with pytest.raises(ValueError, match=r"takes 0\.02 MB at 2 bits, the least there is, and the budget is 0\.02 MB"):
+        pages.within(takes[8] - 1000)
+
+
+def bits_of(kv: KVCacheConfig) -> int:
+    return sum(sum(kv.of_layer(i)) for i in range(len(kv.layers)))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_checkpoint_holds_the_choice_and_runs_with_it(
+    tiny_model: Tiny, family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--model", str(tiny_model(family)), "--method", "rtn", "--group-size", "32"]
+    assert main([*argv, "--output", str(tmp_path / "auto"), "--kv-bits", "auto"]) == 0
+    assert "protected, 4 bits would cost more than 1 %: " in capsys.readouterr().out
+    stored = json.loads((tmp_path / "auto" / "config.json").read_text())["quantization_config"]
+    chosen = json.loads((tmp_path / "auto" / REPORT_NAME).read_text())["kv_cache"]
+    assert stored["kv_bits"] == chosen["bits"]
+    assert "kv_budget" not in stored
+    assert [row["layer"] for row in chosen["layers"]] == [0, 1]
+    budget = chosen["bytes"] + 1000
+    limits = ["--kv-budget", str(budget), "--kv-context", str(chosen["context"])]
+    assert main([*argv, "--output", str(tmp_path / "budget"), *limits]) == 0
+    chosen = json.loads((tmp_path / "budget" / REPORT_NAME).read_text())["kv_cache"]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "budget")
+    ids = torch.randint(10, 384, (1, chosen["context"]), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cache = model(input_ids=ids, use_cache=True).past_key_values
+    assert str(cache.kv) == chosen["bits"]
+    assert cache.nbytes == chosen["bytes"] <= budget
+
+
 @pytest.mark.parametrize(
-    ("given", "size"), [("200M", 200_000_000), ("1.5g", 1_500_000_000), ("64KB", 64_000), ("7", 7)]
+    ("options", "said"),
+    [
+        ({"kv_bits": "8,8,8"}, "--kv-bits 8,8,8 names 3 layers; the model has 2: name each once"),
+        ({"kv_budget": "1K", "kv_context": 400}, "the least there is, and the budget is 0.00 MB"),
+        ({"kv_budget": "1K", "kv_bits": "8"}, "--kv-bits 8 and --kv-budget 1K exclude each other"),
+        ({"kv_budget": "much"}, "size 'much' is not of the form"),
+        ({"kv_context": -1}, "kv-context is -1"),
+        ({"kv_bits": "8*0,4"}, r"'8\*0' are not of the form"),
+    ],
 )
-def test_sizes(given: str, size: int) -> None:
-    assert parse_bytes(given) == size
-
-
-@pytest.mark.parametrize("given", ["", "0", "M", "2T", "-1M"])
-def test_sizes_that_are_none(given: str) -> None:
-    with pytest.raises(ValueError, match="no size of a cache"):
-        parse_bytes(given)
+def test_wrong_wishes_end_before_the_work(tiny_model: Tiny, tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=said):
+        quantize_model(
+            tiny_model("llama"), method="rtn", calib=CalibConfig(), runtime=RuntimeConfig(**options), output=out
+        )
+    assert list(tmp_path.iterdir()) == []

@@ -104,14 +104,19 @@ def test_the_command_says_that_the_native_cache_was_used(
         assert main([*argv, *([] if bits == "8" else ["--kv-bits", bits])]) == 0  # 8: the checkpoint's default
         assert said in capsys.readouterr().out
         found = json.loads(out.read_text(encoding="utf-8"))
-        assert (found["kv"]["k_bits"], found["kv"]["graph"]) == (int(bits), False)
+        assert found["kv"]["k_bits"] == int(bits)
         share = found["kv_cache"]["nbytes"] / found["kv_cache"]["nbytes_16bit"]
         assert (share == 1) == (bits == "16")
         perplexities[bits] = found["perplexity"]
     assert len(set(perplexities.values())) == 3
-    assert main([*argv, "--kv-budget", "400K", "--kv-context", "400"]) == 0
-    assert "Hugging Face graph, int8 activations; QuantizedKVCache: layers" in capsys.readouterr().out
-    assert json.loads(out.read_text(encoding="utf-8"))["kv"]["graph"] is True
+    budget = found["kv_cache"]["nbytes_16bit"] * 9 // 10
+    assert main([*argv, "--kv-budget", str(budget), "--kv-context", "400"]) == 0
+    assert "native decoder, int8 activations; native KV cache: layers k" in capsys.readouterr().out
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert len(found["kv"]["layers"]) == 2
+    assert found["kv_cache"]["nbytes"] <= budget
+    assert main([*argv, "--kv-bits", "auto"]) == 0
+    assert "protected, 4 bits would cost more than 1 %: " in capsys.readouterr().out
 
 
 def test_a_model_that_is_scored_by_the_full_forward_goes_through_the_cache_too() -> None:
@@ -152,7 +157,7 @@ def test_the_command_prints_protocol_and_memory(
         (["--kv-bits", "8", "--kv-chunk", "0"], "kv-chunk is 0"),
         (["--kv-bits", "8", "--kv-sinks", "-1"], "sinks is -1"),
         (["--kv-bits", "8", "--kv-budget", "1M"], "exclude each other"),
-        (["--kv-budget", "much"], "no size of a cache"),
+        (["--kv-budget", "much"], "size 'much' is not of the form 600M"),
         (["--kv-budget", "1M", "--kv-context", "0"], "kv-context is 0"),
     ],
 )

@@ -63,11 +63,30 @@ def test_linears_of_a_module(onednn: list[tuple[int, ...]]) -> None:
     assert len(onednn) == 1, "outside of the context torch's own way is taken"
 
 
+@pytest.mark.parametrize("needed", [(True, True, True), (True, False, False), (False, True, False)])
+def test_gradients_of_a_linear(onednn: list[tuple[int, ...]], needed: tuple[bool, bool, bool]) -> None:
+    g = torch.Generator().manual_seed(3)
+    x, w, bias = (torch.randn(*shape, generator=g) for shape in ((2, 50, 130), (257, 130), (257,)))
+    dy = torch.randn(2, 50, 257, generator=g)
+    for t, need in zip((x, w, bias), needed, strict=True):
+        t.requires_grad_(need)
+    with products.fast_linears():
+        nn.functional.linear(x, w, bias).backward(dy)
+    assert len(onednn) == 1 + sum(needed[:2])
+    rows, X, W = (t.detach().double() for t in (dy.reshape(-1, 257), x.reshape(-1, 130), w))
+    expected = (rows @ W, rows.T @ X, rows.sum(0))
+    terms = (rows.abs() @ W.abs(), rows.T.abs() @ X.abs(), rows.abs().sum(0))
+    for t, need, e, size, k in zip((x, w, bias), needed, expected, terms, (257, 100, 100), strict=True):
+        assert (t.grad is not None) == need
+        if t.grad is not None:
+            close(t.grad.reshape(e.shape), e, size, k)
+
+
 def test_what_it_leaves_to_torch(onednn: list[tuple[int, ...]]) -> None:
     with products.fast_linears():
-        learning = nn.Linear(256, 256)
-        learning(torch.randn(64, 256)).sum().backward()
-        assert learning.weight.grad is not None
+        a = torch.randn(256, 256, requires_grad=True)
+        products.matmul(a, a).sum().backward()  # type: ignore[no-untyped-call]
+        assert a.grad is not None
         with torch.no_grad():
             nn.functional.linear(torch.randn(64, 256, dtype=torch.float64), torch.randn(256, 256, dtype=torch.float64))
             nn.functional.linear(torch.randn(64, 256).bfloat16(), torch.randn(256, 256).bfloat16())

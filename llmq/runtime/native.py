@@ -112,17 +112,8 @@ class NativeDecoder:
         if kv_dtype is None:
             kv_dtype = torch.float32 if self.activation_bits == 16 else torch.float16
         one_of("kv_dtype", kv_dtype, KV_DTYPES)
-        kv, near_bits = kv or KVCacheConfig(), 8 * kv_dtype.itemsize
-        layers = _layer_bits(kv, near_bits, self.n_layers)
-        made = self._core.new_sequence(
-            layers=layers,
-            near_bits=near_bits,
-            by_column=kv.key_scales == "channel",
-            rotate=kv.rotate,
-            sinks=kv.sinks,
-            recent=kv.recent,
-        )
-        return Sequence(made)
+        options = _sequence_options(kv or KVCacheConfig(), 8 * kv_dtype.itemsize, self.n_layers)
+        return Sequence(self._core.new_sequence(**options))
 
     def forward(self, tokens: ListLike[Tensor], sequences: ListLike[Sequence], *, output: str = "last") -> Tensor:
         """Append ``tokens[i]`` to ``sequences[i]`` and compute what follows.
@@ -180,6 +171,35 @@ def core() -> Any:
     if module is None:
         raise Unsupported("the kernels in use are plain torch (LLMQ_ISA=reference, or no compiled module)")
     return module
+
+
+def cache_bytes(kv: KVCacheConfig, kv_heads: int, head_dim: int, windows: ListLike[int], tokens: int) -> int:
+    """Bytes of a native cache of one sequence of ``tokens``: those that one of these shapes has taken from the system.
+
+    Args:
+        kv: bits of keys and values.
+        kv_heads, head_dim: of every layer.
+        windows: tokens of each layer's sliding window, 0 for none.
+        tokens: in the sequence.
+
+    Raises ValueError as :meth:`NativeDecoder.new_sequence` does.
+    """
+    made = core().shaped_sequence(
+        kv_heads=kv_heads, head_dim=head_dim, windows=list(windows), **_sequence_options(kv, 16, len(windows))
+    )
+    made.skip(tokens)
+    return int(made.nbytes)
+
+
+def _sequence_options(kv: KVCacheConfig, near_bits: int, n_layers: int) -> dict[str, Any]:
+    return {
+        "layers": _layer_bits(kv, near_bits, n_layers),
+        "near_bits": near_bits,
+        "by_column": kv.key_scales == "channel",
+        "rotate": kv.rotate,
+        "sinks": kv.sinks,
+        "recent": kv.recent,
+    }
 
 
 def _layer_bits(kv: KVCacheConfig, unquantized: int, n_layers: int) -> list[tuple[int, int]]:
