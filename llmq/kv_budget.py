@@ -177,8 +177,8 @@ class Subject:
 
     def _too_small(self, nbytes: int, budget: int) -> ValueError:
         return ValueError(
-            f"a cache of {self.context} tokens takes {nbytes / 1e6:.2f} MB at {LADDER[0]} bits, the least there is, and "
-            f"the budget is {budget / 1e6:.2f} MB: raise it to that, or ask for a shorter context (--kv-context)"
+            f"a cache of {self.context} tokens takes {nbytes / 1e6:.2f} MB at {LADDER[0]} bits, the least there is, "
+            f"and the budget is {budget / 1e6:.2f} MB: raise it to that, or ask for a shorter context (--kv-context)"
         )
 
 

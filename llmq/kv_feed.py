@@ -136,7 +136,7 @@ def of_checkpoint(model: Any, chunk: int = KVFeed.chunk) -> KVFeed | None:
 
 
 def choose(kv: KVFeed, args: argparse.Namespace, model: Any, tokenizer: Any) -> tuple[KVFeed, str]:
-    """(``kv`` with the bits of each layer that ``args`` ask for, the table of them), measured on Python's documentation.
+    """(``kv`` with the bits of each layer that ``args`` ask for, the table of them); errors on Python's documentation.
 
     Raises ValueError naming the sizes if not even 2 bits fit.
     """

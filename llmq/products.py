@@ -86,7 +86,8 @@ class _Linears(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and not kwargs and _takes(args[0], args[1]):
             x, w, bias = args if len(args) > 2 else (*args, None)
-            return _Linear.apply(x, w, bias) if _learns(x, w, bias) else _through_onednn(x, w, bias)
+            way: Any = _Linear.apply if _learns(x, w, bias) else _through_onednn
+            return way(x, w, bias)
         return func(*args, **(kwargs or {}))
 
 
