@@ -23,6 +23,10 @@ from llmq.solvers.hessian import InputStats
 MEMO_BYTES = 1 << 30
 
 
+# How much each token counts for each group of linears with one input, f32[n, seqlen] by the group's first name.
+Weights = dict[str, Tensor]
+
+
 class _StopForwardError(Exception):
     """Ends a forward pass once the hook that raised it has what it came for."""
 
@@ -169,6 +173,7 @@ class BlockRunner:
         hidden: f32[1, seqlen, hidden] a window; :meth:`advance` replaces them by the block's outputs.
         tails: linear -> Tail, those of the family that :func:`verified_tails` has confirmed.
         sink_share: weight of first tokens in statistics, see :class:`InputStats`.
+        counts: of every token in statistics, instead.
     """
 
     def __init__(
@@ -179,8 +184,9 @@ class BlockRunner:
         tails: dict[str, Tail],
         *,
         sink_share: float = 0.0,
+        counts: Weights | None = None,
     ) -> None:
-        self.sink_share = sink_share
+        self.sink_share, self.counts = sink_share, counts or {}
         self.block, self.call, self.hidden, self.tails = block, call, hidden, tails
         self._kept: list[Tensor] = []
         self._settled: list[tuple[Tail, list[Tensor]]] = []
@@ -237,7 +243,7 @@ class BlockRunner:
         self._kept, outputs = [], []
         for i in range(n):
             inputs = [runner.input_of(group[0], i) for runner in ((self,) if teacher is None else (self, teacher))]
-            (train if held is None or i < n - n_held else held).add(*inputs)
+            (train if held is None or i < n - n_held else held).add(*inputs, counts=self._counts(group, i))
             if keep:
                 self._kept.append(inputs[0])
                 # The teacher's weights are final: its output is known now, and narrower than the input.
@@ -247,18 +253,27 @@ class BlockRunner:
             teacher._settled.append((self.tails[group[0]], outputs))
         return Observed(train, held)
 
+    def _counts(self, group: Sequence[str], i: int) -> Tensor | None:
+        return self.counts[group[0]][i] if self.counts else None
+
     @torch.no_grad()
     def observe_all(self, groups: Sequence[Sequence[str]]) -> dict[str, InputStats]:
         """Input statistics of every group in one full pass, by the name of each of its linears."""
         by_group = []
+        window = 0
         with ExitStack() as stack:
             for group in groups:
                 linear = self.block.get_submodule(group[0])
                 assert isinstance(linear, nn.Linear)
-                by_group.append(InputStats(linear.in_features, sink_share=self.sink_share))
-                stack.enter_context(listening(linear, by_group[-1].add))
-            for i in range(len(self.hidden)):
-                self.run(i)
+                stats = InputStats(linear.in_features, sink_share=self.sink_share)
+
+                def hear(x: Tensor, group: Sequence[str] = group, stats: InputStats = stats) -> None:
+                    stats.add(x, counts=self._counts(group, window))
+
+                by_group.append(stats)
+                stack.enter_context(listening(linear, hear))
+            for window in range(len(self.hidden)):
+                self.run(window)
         return {name: stats for group, stats in zip(groups, by_group, strict=True) for name in group}
 
     @torch.no_grad()

@@ -121,7 +121,7 @@ class GPTQConfig:
             raise ValueError(f"grid_steps is {self.grid_steps}; use 0 (min-max) to 1000 (usual: 20)")
 
 
-STEPS = ("target", "refit", "descent", "restarts", "damping", "rounding", "tune")
+STEPS = ("importance", "target", "refit", "descent", "restarts", "damping", "rounding", "tune")
 PRESETS: dict[str, tuple[str, ...]] = {
     "fast": (),
     "balanced": ("target", "refit", "descent"),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from llmq import calibration, kernels, learn
 from llmq.allocate import budget_bytes, check_size, choices_of
-from llmq.blockwise import BlockCall, BlockRunner, Observed, Tail, block_inputs, verified_tails
+from llmq.blockwise import BlockCall, BlockRunner, Observed, Tail, Weights, block_inputs, verified_tails
 from llmq.checkpoint import CheckpointWriter, check_output, matrix_tensors, quantization_config
 from llmq.config import (
     HEAD_BITS,
@@ -27,6 +27,7 @@ from llmq.config import (
     StatsConfig,
     one_of,
 )
+from llmq.importance import token_weights
 from llmq.job import Job, Probe, calibration_texts
 from llmq.models.digest import model_digest
 from llmq.models.load import materialize
@@ -213,6 +214,7 @@ def _quantize_blocks(job: Job, writer: CheckpointWriter, tokens: Tensor | None) 
         hidden, calls = block_inputs(source, tokens)
         cut = min(64, tokens.shape[1])
         probe = Probe(tokens[:1, :cut], hidden[0][:, :cut].clone(), torch.empty(0))
+    counts = _importance(job, tokens)
     start = time.perf_counter()
     # What the original model feeds its blocks, in step with ``hidden``, where a step asks for it.
     originals = list(hidden) if _repairs(job) or (hidden and learn.learns(job, "rounding")) else []
@@ -221,7 +223,8 @@ def _quantize_blocks(job: Job, writer: CheckpointWriter, tokens: Tensor | None) 
         with materialize(source.block(i), name, source.reader) as block:
             runner = None
             if calls:
-                runner = BlockRunner(block, calls[i], hidden, {}, sink_share=job.options.gptq.sink_share)
+                share = job.options.gptq.sink_share
+                runner = BlockRunner(block, calls[i], hidden, {}, sink_share=share, counts=counts[i])
                 tails = verified_tails(runner, source.family) if tails is None else tails
                 runner.tails = tails
             tensors, errors = _quantize_block(job, name, block, runner, originals)
@@ -232,6 +235,13 @@ def _quantize_blocks(job: Job, writer: CheckpointWriter, tokens: Tensor | None) 
     if probe is not None:
         probe.leaving = hidden[0][:, : probe.ids.shape[1]].clone()
     return probe
+
+
+def _importance(job: Job, tokens: Tensor | None) -> list[Weights]:
+    """How much each token counts, for each block; nothing where the step is not taken."""
+    if tokens is None or "importance" not in job.steps:
+        return [{} for _ in job.source.block_names]
+    return token_weights(job.source, tokens, seed=job.calib.seed, log=job.log)
 
 
 def _repairs(job: Job) -> bool:

@@ -209,6 +209,9 @@ def _predict(
         passes = 2.0 * weights + attention + sum(k * k for k in widths) + (weights + attention if method.awq else 0)
         if "target" in steps:  # a second stream, and the full product of both streams' inputs
             passes += 2.0 * weights + attention + 2 * sum(k * k for k in widths)
+        if "importance" in steps:  # forth, and forth again and back with twice the work for attention; the head besides
+            head = int(source.config.get_text_config().vocab_size) * hidden / blocks
+            passes += 3.0 * weights + 5.0 * attention + head
         passes = 0.0 if banked else passes
         solve = sum(weights / max(1, sum(n for n, _ in block.values())) * k for k in widths) + 120 * weights
         # A round is a product of the matrix with H for every step, and one to judge it.

@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "llmq.allocate",
         "llmq.distill",
+        "llmq.importance",
         "llmq.job",
         "llmq.learn",
         "llmq.pipeline",

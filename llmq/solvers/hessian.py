@@ -53,13 +53,16 @@ class InputStats:
         self.n_dropped = 0
         self.memo: dict[Any, Any] = {}
 
-    def add(self, x: Tensor, original: Tensor | None = None) -> None:
+    def add(self, x: Tensor, original: Tensor | None = None, *, counts: Tensor | None = None) -> None:
         """Take inputs x f32[..., T, K] of windows of T tokens.
 
-        ``original``: what the unquantized model feeds the same linear for the same tokens; needed when ``paired``.
+        Args:
+            x: the inputs.
+            original: what the unquantized model feeds the same linear for the same tokens; needed when ``paired``.
+            counts: f32[..., T], how often each token counts; None: as ``sink_share`` says.
         """
         assert (original is None) == (self.cross is None), "paired statistics need both inputs"
-        roots = self._counts(x).sqrt()[:, None]
+        roots = (self._counts(x) if counts is None else counts.reshape(-1)).sqrt()[:, None]
         x = x.detach().reshape(-1, x.shape[-1]).float()
         rest = None if original is None else original.detach().reshape(x.shape).float() - x
         # One pass over the sums finds a bad block; the per-row search runs only then.
