@@ -125,7 +125,8 @@ STEPS = ("importance", "target", "refit", "descent", "restarts", "damping", "rou
 PRESETS: dict[str, tuple[str, ...]] = {
     "fast": (),
     "balanced": ("target", "refit", "descent"),
-    "best": STEPS,
+    # Without "importance": it helps plain GPTQ, and not the recipe (docs/QUALITY.md).
+    "best": tuple(step for step in STEPS if step != "importance"),
 }
 
 

@@ -251,7 +251,8 @@ def _repairs(job: Job) -> bool:
 
 def _n_held(job: Job) -> int:
     """Windows held out to judge the steps; the last ones."""
-    judged = job.method.solver == "gptq" and job.options.gptq.true_sequential and job.options.recipe.steps
+    judges = set(job.options.recipe.steps) - {"importance"}
+    judged = job.method.solver == "gptq" and job.options.gptq.true_sequential and judges
     return job.n_held if judged else 0
 
 

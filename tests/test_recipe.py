@@ -177,7 +177,7 @@ def test_nothing_is_repaired_without_held_out_windows():
 
 
 def test_unknown_steps_are_named():
-    with pytest.raises(ValueError, match="'polish'; known: target, refit, descent, restarts, damping"):
+    with pytest.raises(ValueError, match="'polish'; known: importance, target, refit, descent, restarts, damping"):
         RecipeConfig(only="refit,polish")
     assert RecipeConfig(only="refit").steps == ("refit",)
 
