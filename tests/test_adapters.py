@@ -323,7 +323,7 @@ MODULE = NAME.removesuffix(".lora_A.weight")
         ({"told": {"r": 4}}, r"down_proj has A \(8, 112\) and B \(80, 8\); adapter_config.json gives it rank 4"),
         ({"told": {"r": 0}}, r"gives it rank 0"),
         ({"lora_alpha": "8"}, r"lora_alpha of .* is '8'; expected a number"),
-        ({"told": {"rank_pattern": {"(": 8}}}, r"rank_pattern is \{'\(': 8\}"),
+        ({"told": {"rank_pattern": {"(": 8}}}, r"rank_pattern: .*\(\(\)' is no regular expression"),
         ({"alpha_pattern": {"q_proj": 3, ".*attn.*": 4}}, r"alpha_pattern gives .*layers.0.self_attn.q_proj 3 and 4"),
         ({"alpha_pattern": [8]}, r"alpha_pattern is \[8\]"),
         ({"tensors": {NAME: None}}, r"q_proj has lora_B only; A and B belong together"),
