@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Adapter:
     matrices: dict[str, LoraMatrices]
     folder: Path
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of names, scales and all numbers."""
         found = hashlib.sha256()
