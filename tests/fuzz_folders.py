@@ -65,7 +65,8 @@ def index_cases(folder: Path) -> Iterator[Case]:
     yield "no index", lambda f: (f / INDEX).unlink()
     yield "no shards", lambda f: [p.unlink() for p in f.glob("*.safetensors")] and None
     yield "shard is a folder", folder_for_shard
-    yield "shard is a pipe", pipe_for_shard
+    for pattern in ("*.safetensors", PACKED, INDEX, "config.json", "generation_config.json"):
+        yield f"{pattern} is a pipe", pipe_for(pattern)
     yield "shard is a loop", loop_for_shard
 
 
@@ -75,10 +76,13 @@ def folder_for_shard(folder: Path) -> None:
     shard.mkdir()
 
 
-def pipe_for_shard(folder: Path) -> None:
-    shard = next(folder.glob("*.safetensors"))
-    shard.unlink()
-    os.mkfifo(shard)
+def pipe_for(pattern: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        for path in list(folder.glob(pattern)):
+            path.unlink()
+            os.mkfifo(path)
+
+    return change
 
 
 def loop_for_shard(folder: Path) -> None:
@@ -198,7 +202,8 @@ def open_publicly(path: Path, number: int) -> None:
             raise ValueError(lines[-1])
         assert code == 0, errors.getvalue()
         return
-    patched = number % 3 == 1 and sys.argv[1] not in ("mlx", "gguf")  # neither of which transformers' class takes
+    # Neither of these does transformers' class take, and from pipes it reads for ever.
+    patched = number % 3 == 1 and sys.argv[1] not in ("mlx", "gguf") and not any(p.is_fifo() for p in path.glob("*"))
     auto = transformers.AutoModelForCausalLM if patched else llmq.AutoModelForCausalLM
     try:
         model = auto.from_pretrained(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -329,6 +330,14 @@ def test_a_damaged_index_of_a_dense_folder_names_it_too(original: Path, tmp_path
     with pytest.raises(ValueError, match=r"x cannot be opened: AttributeError: 'int' object") as caught:
         llmq.AutoModelForCausalLM.from_pretrained(tmp_path / "x")
     assert isinstance(caught.value.__cause__, AttributeError)
+
+
+def test_a_pipe_is_not_waited_for(original: Path, tmp_path: Path) -> None:
+    write(original, tmp_path / "x", "gptq", SYM, GPTQ)
+    (tmp_path / "x" / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "x" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.safetensors is no file but a folder, pipe or device"):
+        llmq.AutoModelForCausalLM.from_pretrained(tmp_path / "x")
 
 
 def test_wrong_arguments_and_an_empty_folder(tmp_path: Path) -> None:

@@ -56,6 +56,9 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
 
     @classmethod
     def _opened(cls, name: Any, args: tuple[Any, ...], inexact: str, kwargs: dict[str, Any]) -> Any:
+        for file in Path(str(name)).expanduser().glob("*.safetensors"):
+            if file.exists() and not file.is_file():
+                raise ValueError(f"{file} is no file but a folder, pipe or device, whose reading may never end")
         if str(name).lower().endswith(".gguf") and Path(name).expanduser().is_file():
             kwargs.setdefault("dtype", torch.float32)
             return super().from_pretrained(expanded(Path(name).expanduser(), inexact), *args, **kwargs)

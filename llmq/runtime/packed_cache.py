@@ -79,6 +79,8 @@ def _mapped(path: Path, head: dict[str, Any], name: str, module: QuantizedMatrix
 
 def _read_head(path: Path) -> dict[str, Any] | None:
     """The first line, or None when the file is missing, cut short or no file of ours."""
+    if not path.is_file():  # opening a pipe waits for its other end
+        return None
     try:
         with path.open("rb") as f:
             line = f.readline(_MAX_HEAD)
