@@ -234,7 +234,7 @@ class _Parts:
         self.activation_bits = _activation_bits(self.modules)
         self.decoder: Any = model.get_submodule(family.decoder)
         self.vocab_size, self.hidden_size = int(config.vocab_size), int(config.hidden_size)
-        self.max_positions = int(getattr(config, "max_position_embeddings", None) or 2**31 - 1)
+        self.max_positions = min(int(getattr(config, "max_position_embeddings", None) or 2**31 - 1), 2**31 - 1)
         # Frequencies afresh: `model.to(dtype)` has rounded the module's own.
         make_rotary: Any = type(self.decoder.rotary_emb)
         self.rotary: Any = make_rotary(config=config)
