@@ -3,8 +3,10 @@
     python eval/tasks.py --model gemma-3-270m-w4g128 --tasks arc_easy,hellaswag --limit 200
     python eval/tasks.py --model model-Q4_0.gguf --tasks mine --include my_tasks/ --json out.json
 
-The same model objects as `lm_eval --model hf --model_args pretrained=FOLDER` after `import llmq` works on; lm-eval runs
-the tasks and computes their metrics. It fetches their data from the hub; tasks of your own are YAML files in --include.
+lm-eval runs the tasks and computes their metrics. It fetches their data from the hub; tasks of your own are YAML files
+in --include. Its own command works on the same models where llmq is imported in the process:
+
+    python -c "import llmq, lm_eval.__main__ as m; m.cli_evaluate()" --model hf --model_args pretrained=FOLDER ...
 """
 
 from __future__ import annotations

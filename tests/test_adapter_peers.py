@@ -6,6 +6,7 @@ pip install peft
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,25 @@ def test_trainer_trains_an_adapter_that_runs_natively(folders, dtype: torch.dtyp
     llmq.set_activation_bits(runs, 8)
     with torch.no_grad():
         assert float(runs(input_ids=rows, labels=rows).loss) < losses[0] - 0.3, "int8 activations learn nothing anew"
+
+
+def test_the_readme_trains_an_adapter(folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    source, [row] = folders("llama"), ids_of(32)
+    told = {"learning_rate": 1e-2, "report_to": [], "use_cpu": True, "save_strategy": "no", "num_train_epochs": 4}
+    names = {
+        **{"llmq": llmq, "peft": peft, "transformers": transformers, "model": load(source)},
+        "arguments": transformers.TrainingArguments(output_dir="run", **told),
+        "data": [{"input_ids": row, "labels": row}] * 32,
+    }
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    [block] = [b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Trainer" in b]
+    exec(block, names)  # noqa: S102
+    model, batch = load(source), {"input_ids": row[None], "labels": row[None]}
+    with torch.no_grad():
+        before = float(model(**batch).loss)
+        model.load_adapter("adapter-folder")
+        assert float(model(**batch).loss) < before - 0.3
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -295,3 +296,52 @@ def test_zero_points_of_both_versions_in_one_folder(original: Path, tmp_path: Pa
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(ValueError, match="follow version 1, those of model.layers.0.mlp.up_proj version 2"):
         open_quantized(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("hidden_size", "x", r"config.json \(model_type 'llama'\): Validation error for field 'hidden_size'"),
+        ("hidden_act", "x", r"no causal LM can be made of this llama config: KeyError: 'x'"),
+        ("num_attention_heads", -1, r"x: model.layers.0.self_attn.q_proj|config.json"),
+        ("model_type", "y", r"x.*model type `y`"),
+        ("num_hidden_layers", 1000, r"config.json says 1000 layers"),
+    ],
+)
+def test_what_transformers_stumbles_over_is_an_error_that_names_the_folder(
+    key: str,
+    value: Any,
+    message: str,
+    original: Path,
+    tmp_path: Path,
+) -> None:
+    write(original, tmp_path / "x", "gptq", SYM, GPTQ)
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    (tmp_path / "x" / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(ValueError, match=message) as caught:
+        llmq.AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    assert str(tmp_path / "x") in str(caught.value)
+
+
+def test_a_damaged_index_of_a_dense_folder_names_it_too(original: Path, tmp_path: Path) -> None:
+    shutil.copytree(original, tmp_path / "x")
+    (tmp_path / "x" / "model.safetensors").rename(tmp_path / "x" / "a.safetensors")
+    (tmp_path / "x" / "model.safetensors.index.json").write_text('{"weight_map": 0}')
+    with pytest.raises(ValueError, match=r"x cannot be opened: AttributeError: 'int' object") as caught:
+        llmq.AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    assert isinstance(caught.value.__cause__, AttributeError)
+
+
+def test_a_pipe_is_not_waited_for(original: Path, tmp_path: Path) -> None:
+    write(original, tmp_path / "x", "gptq", SYM, GPTQ)
+    (tmp_path / "x" / "model.safetensors").unlink()
+    os.mkfifo(tmp_path / "x" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model.safetensors is no file but a folder, pipe or device"):
+        llmq.AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+
+
+def test_wrong_arguments_and_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="inexact is .never.; known: refuse"):
+        llmq.AutoModelForCausalLM.from_pretrained(tmp_path, inexact="never")
+    with pytest.raises(ValueError, match=f"Unrecognized model in .*{tmp_path.name}"):
+        llmq.AutoModelForCausalLM.from_pretrained(tmp_path)

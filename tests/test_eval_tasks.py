@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,32 +78,67 @@ def test_bad_input(
     assert message in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def prepared(tiny_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a quantized model, ``w8``, and a task over rows of our own, in ``tasks``."""
+    pytest.importorskip("lm_eval")
+    folder = tmp_path_factory.mktemp("lm_eval")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "local.yaml").write_text(TASK.format(file=folder / "rows.jsonl"))
+    flags = ["--method", "rtn", "--wbits", "8", "--group-size", "32", "--output", str(folder / "w8")]
+    assert quantize(["--model", str(tiny_model("llama")), *flags]) == 0
+    return folder
+
+
+def by_hand(model: Path) -> float:
+    """Share of the questions that the model answers rightly."""
+    opened, tokenizer = load_for_eval(str(model), log=lambda _line: None)
+    hits = [best_choice(opened, tokenizer, row) == row["answer"] for row in ROWS]
+    return sum(hits) / len(hits)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # lm-eval's own
 def test_a_task_of_ours_scores_as_by_hand(
     tasks: ModuleType,
-    tiny_model: Any,
+    prepared: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "local.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
-    out, report = str(tmp_path / "w8"), tmp_path / "r.json"
-    flags = ["--method", "rtn", "--wbits", "8", "--group-size", "32", "--output", out]
-    assert quantize(["--model", str(tiny_model("llama")), *flags]) == 0
-    common = ["--model", out, "--include", str(tmp_path / "tasks")]
+    report = tmp_path / "r.json"
+    common = ["--model", str(prepared / "w8"), "--include", str(prepared / "tasks")]
     assert tasks.main([*common, "--tasks", "nonesuch_task"]) == 2
     assert "lm-eval has no task 'nonesuch_task'" in capsys.readouterr().err
     assert tasks.main([*common, "--tasks", "local_choice", "--json", str(report)]) == 0
-    model, tokenizer = load_for_eval(out, log=lambda _line: None)
-    hits = [best_choice(model, tokenizer, row) == row["answer"] for row in ROWS]
     found = json.loads(report.read_text())["results"]["local_choice"]
-    assert found["acc,none"] == sum(hits) / len(hits)
+    assert found["acc,none"] == by_hand(prepared / "w8")
     assert "local_choice" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_command_of_lm_eval_as_the_readme_has_it(prepared: Path, tmp_path: Path) -> None:
+    """It does not know llmq's folders by itself, and says so rather than scoring random weights."""
+    readme = (SCRIPT.parent.parent / "README.md").read_text()
+    line = next(line for line in readme.splitlines() if "cli_evaluate" in line)
+    _python, _c, code, *flags = shlex.split(line)
+    flags = [{"pretrained=FOLDER": f"pretrained={prepared / 'w8'}", "A,B": "local_choice"}.get(f, f) for f in flags]
+    flags += ["--include_path", str(prepared / "tasks"), "--output_path", str(tmp_path / "out")]
+    root = str(SCRIPT.parent.parent)
+    env = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "datasets"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (root, env.get("PYTHONPATH"))))
+    done, alone = (
+        subprocess.run([sys.executable, *start, *flags], env=env, cwd=tmp_path, capture_output=True, text=True)
+        for start in (("-c", code), ("-m", "lm_eval"))
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())
+    assert report["results"]["local_choice"]["acc,none"] == by_hand(prepared / "w8")
+    assert alone.returncode != 0
+    assert "Unknown quantization type, got llmq" in alone.stderr
 
 
 def best_choice(model: Any, tokenizer: Any, row: dict[str, Any]) -> int:

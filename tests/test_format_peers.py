@@ -92,6 +92,18 @@ def test_llama_cpp_runs_our_file(original: Path, tmp_path: Path) -> None:  # noq
     assert (logits - expected).norm() <= 0.03 * expected.norm()
     # A wrong order of the rows of q and k, or of nibbles, gives other logits altogether.
     assert (logits.argmax(-1) == expected.argmax(-1)).double().mean() >= 0.8
+    # Our greedy text is its greedy text, wherever the best token leads by more than that rounding.
+    ours = llmq.AutoModelForCausalLM.from_pretrained(path)
+    llmq.set_activation_bits(ours, 16)
+    text = ours.generate(IDS, max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
+    model.reset()
+    model.eval(text[0].tolist())
+    theirs = torch.tensor(model.scores[IDS.shape[1] - 1 : text.shape[1] - 1])
+    with torch.no_grad():
+        best = ours(text).logits[0, IDS.shape[1] - 1 : -1].topk(2).values
+    clear = best[:, 0] - best[:, 1] > 0.06 * theirs.std(-1)
+    assert clear.sum() >= 12
+    assert torch.equal(theirs.argmax(-1)[clear], text[0, IDS.shape[1] :][clear])
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type", "ignore:`is_gradient_checkpointing`")

@@ -1,6 +1,7 @@
 """GPTQModel (the package) and our GPTQ folders, both ways. Skips where it is not installed.
 
-pip install gptqmodel (7.7 asks for torch 2.14 and worked with 2.13: --no-deps)
+pip install gptqmodel (7.7 asks for torch 2.14 and worked with 2.13: --no-deps, then what it lacks), in an environment
+of its own: where it is installed, peft asks for optimum.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ UP = "model.layers.0.mlp.up_proj"
 
 
 @pytest.fixture(scope="module")
-def package() -> Any:
+def package(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("logs"))  # where it writes them
         patch.setenv("GPTQMODEL_CPU_WORKERS", "2")  # on two cores it gives itself one, and then asks for two
         yield pytest.importorskip("gptqmodel")
 

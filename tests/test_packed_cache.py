@@ -72,7 +72,19 @@ def test_a_saved_copy_of_a_mapped_model_is_whole(folder: Path, tmp_path: Path) -
     assert digests(load(tmp_path / "again")) == digests(mapped)
 
 
-@pytest.mark.parametrize("damage", ["touched shard", "cut", "no json", "empty", "other layout", "other scheme"])
+# What a folder from elsewhere may say of the place of a matrix.
+LIES: dict[str, Any] = {
+    "no place": None,
+    "place of one number": [0],
+    "place of words": ["a", "b"],
+    "place before the file": [-4096, 64],
+    "place behind the file": [1 << 40, 64],
+    "place of few bytes": [0, 64],
+    "place of all bytes": [0, 1 << 62],
+}
+
+
+@pytest.mark.parametrize("damage", ["touched shard", "cut", "no json", "empty", "other layout", "other scheme", *LIES])
 def test_a_cache_that_does_not_fit_is_replaced(folder: Path, packs: list[object], damage: str) -> None:
     expected = digests(load(folder))
     file = folder / NAME
@@ -81,7 +93,11 @@ def test_a_cache_that_does_not_fit_is_replaced(folder: Path, packs: list[object]
         shard = next(folder.glob("*.safetensors"))
         os.utime(shard, (1, 1))
     else:
+        line, rest = content.split(b"\n", 1)
+        told = json.loads(line)
+        told["places"].update({next(iter(told["places"])): LIES.get(damage)})
         changed = {
+            **dict.fromkeys(LIES, json.dumps(told).ljust(len(line)).encode() + b"\n" + rest),
             "cut": content[:-64],
             "no json": b"x" + content,
             "empty": b"",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from llmq.config import BITS, QuantScheme, one_of
-from llmq.dialects.stored import Found, Stored, group_size, matches, number, tensors_of
+from llmq.dialects.stored import Found, Stored, group_size, number, tensors_of
 from llmq.formats import Inexact
 from llmq.formats import compressed_tensors as ct
 from llmq.formats.gptq import column_order
+from llmq.models.patterns import Patterns
 from llmq.models.reader import WeightReader
 from llmq.qtensor import QTensor
 
@@ -26,39 +27,49 @@ def find(reader: WeightReader, block: Mapping[str, Any], *, where: str, inexact:
     groups = block.get("config_groups")
     if not isinstance(groups, dict) or not all(isinstance(g, dict) for g in groups.values()):
         raise ValueError(f"{where}: config_groups must be an object of groups; the file is damaged")
+    by_target = _Groups(groups, where)
     found: dict[str, Stored] = {}
     for name in sorted(reader.names()):
         module, _, suffix = name.rpartition(".")
         packed = suffix == "weight_packed"
         if packed or (suffix == "weight" and f"{module}.weight_scale" in reader):
-            weights = _weights(groups, module, where)
+            weights = by_target.weights(module)
             found[module] = (_packed if packed else _plain)(reader, module, weights, where)
     return Found(found)
 
 
-def _weights(groups: Mapping[str, Any], module: str, where: str) -> Mapping[str, Any]:
-    """The arguments of the group whose targets name ``module``: by name, else by regex, else by class."""
-    ranked: list[tuple[int, Any]] = []
-    for group in groups.values():
-        targets = group.get("targets", ())
-        if not isinstance(targets, list | tuple):
-            raise ValueError(f"{where}: the targets of a config group are {targets!r}; a list was expected")
-        for target in targets:
-            if str(target).startswith("re:"):
-                if matches(str(target)[3:], module, where):
-                    ranked.append((1, group))
-            elif target == module or module.endswith(f".{target}"):
-                ranked.append((0, group))
-            elif target in ("Linear", "Embedding"):
-                ranked.append((2, group))
-    if not ranked:
-        raise ValueError(f"{where}: {module} is quantized, but no target of config_groups names it")
-    group = min(ranked, key=lambda row: row[0])[1]
-    weights = group.get("weights")
-    kind = weights.get("type") if isinstance(weights, dict) else weights
-    if not isinstance(weights, dict) or kind != "int":
-        raise Inexact(f"{where}: {module} has weights of type {kind!r}; llmq holds int")
-    return weights
+class _Groups:
+    """The config groups by their targets: a module's name or the end of it, ``re:`` and a regex, or a class."""
+
+    def __init__(self, groups: Mapping[str, Any], where: str) -> None:
+        self.where = where
+        rows = [(str(target), group) for group in groups.values() for target in _targets(group, where)]
+        regexes = [(target[3:], group) for target, group in rows if target.startswith("re:")]
+        self._patterns = Patterns([pattern for pattern, _ in regexes], where)
+        self._matched = [group for _, group in regexes]
+        self._named = dict(reversed(rows))  # the first of several with one target
+
+    def weights(self, module: str) -> Mapping[str, Any]:
+        """The arguments for a module's weights: by its name, the longest end first, else by regex, else by class."""
+        matched = [self._matched[i] for i in self._patterns.matching(module)]  # long names are refused there
+        parts = module.split(".")
+        ends = [".".join(parts[i:]) for i in range(len(parts))]
+        named, classes = ([self._named[t] for t in ts if t in self._named] for ts in (ends, ("Linear", "Embedding")))
+        ranked = [*named, *matched, *classes]
+        if not ranked:
+            raise ValueError(f"{self.where}: {module} is quantized, but no target of config_groups names it")
+        weights = ranked[0].get("weights")
+        kind = weights.get("type") if isinstance(weights, dict) else weights
+        if not isinstance(weights, dict) or kind != "int":
+            raise Inexact(f"{self.where}: {module} has weights of type {kind!r}; llmq holds int")
+        return weights
+
+
+def _targets(group: Mapping[str, Any], where: str) -> Sequence[Any]:
+    targets = group.get("targets", ())
+    if not isinstance(targets, list | tuple):
+        raise ValueError(f"{where}: the targets of a config group are {targets!r}; a list was expected")
+    return targets
 
 
 def _size(reader: WeightReader, module: str, weights: Mapping[str, Any], k: int, where: str) -> int:

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmq.config import BITS, QuantScheme, one_of
-from llmq.dialects.stored import Found, Stored, check_words, group_size, matches, number, tensors_of
+from llmq.dialects.stored import Found, Stored, check_words, group_size, number, tensors_of
 from llmq.formats import gptq
+from llmq.models.patterns import Patterns
 from llmq.models.reader import WeightReader
 from llmq.packing import word_width
 from llmq.qtensor import QTensor
@@ -30,14 +31,15 @@ def find(reader: WeightReader, block: Mapping[str, Any], *, where: str, inexact:
     if block.get("is_marlin_format"):
         raise ValueError(f"{where}: is_marlin_format: the tensors are in Marlin's order, which llmq does not read")
     names = [n.removesuffix(".qweight") for n in sorted(reader.names()) if n.endswith(".qweight")]
-    shapes = {name: _shape(reader, block, name, where) for name in names}
+    blocks = _blocks(block, names, where)
+    shapes = {name: _shape(reader, blocks[name], name, where) for name in names}
     versions = {name: _version(reader, name, *shapes[name], str(said)) for name in names}
     settled = {v for v in versions.values() if v is not None}
     if len(settled) > 1:
         odd = [next(n for n, v in versions.items() if v == version) for version in sorted(settled)]
         raise ValueError(f"{where}: zero points of {odd[0]} follow version 1, those of {odd[1]} version 2: damaged")
     version = settled.pop() if settled else 2 if said == "gptq_v2" else 1
-    return Found({name: _stored(reader, block, name, *shapes[name], version, where) for name in names})
+    return Found({name: _stored(reader, blocks[name], name, *shapes[name], version, where) for name in names})
 
 
 def _shape(reader: WeightReader, block: Mapping[str, Any], name: str, where: str) -> tuple[int, int, int]:
@@ -46,7 +48,7 @@ def _shape(reader: WeightReader, block: Mapping[str, Any], name: str, where: str
         if f"{name}.{suffix}" not in reader:
             raise ValueError(f"{where}: {name} has qweight but no {suffix}")
     weight, scales = reader.shape(f"{name}.qweight"), reader.shape(f"{name}.scales")
-    bits = number(_override(block, name, where) or block, BIT_NAMES, where, BITS)
+    bits = number(block, BIT_NAMES, where, BITS)
     if len(weight) != 2 or len(scales) != 2 or weight[1] != scales[1] or weight[0] * 32 % bits or not weight[1]:
         raise ValueError(f"{where}: {name} has qweight {weight} and scales {scales}, which are not of one matrix")
     n = weight[1]
@@ -60,14 +62,14 @@ def _version(reader: WeightReader, name: str, n: int, _k: int, bits: int, said: 
     return gptq.version_by_content(reader.tensor(f"{name}.qzeros"), n, bits)
 
 
-def _override(block: Mapping[str, Any], name: str, where: str) -> dict[str, Any] | None:
-    """What ``dynamic`` says of a module: a dict that lays over the block, None without a matching row."""
-    rows = block.get("dynamic")
-    for pattern, row in rows.items() if isinstance(rows, dict) else ():
-        positive = not str(pattern).startswith("-:")
-        if positive and isinstance(row, dict) and matches(str(pattern).removeprefix("+:"), name, where):
-            return {**block, **row}
-    return None
+def _blocks(block: Mapping[str, Any], names: list[str], where: str) -> dict[str, Mapping[str, Any]]:
+    """The block as it holds for each module: the first row of ``dynamic`` that matches lies over it."""
+    found = block.get("dynamic")
+    rows = {key: row for key, row in found.items() if isinstance(row, dict)} if isinstance(found, dict) else {}
+    rows = {key.removeprefix("+:"): row for key, row in rows.items() if not key.startswith("-:")}
+    patterns, values = Patterns(rows, where), list(rows.values())
+    firsts = {name: next(iter(patterns.matching(name)), None) for name in names}
+    return {name: block if i is None else {**block, **values[i]} for name, i in firsts.items()}
 
 
 def _stored(
@@ -75,7 +77,7 @@ def _stored(
 ) -> Stored:
     full = {suffix: f"{name}.{suffix}" for suffix in SUFFIXES}
     at = f"{where}: {name}"
-    said = number(_override(block, name, where) or block, GROUP_NAMES, where)
+    said = number(block, GROUP_NAMES, where)
     size = group_size(reader.shape(full["scales"])[0], k, said, at)
     zero = gptq.zero_points(reader.tensor(full["qzeros"]), n, bits, version)
     scheme = QuantScheme(bits, size, sym=bool((zero == 1 << (bits - 1)).all()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,16 +95,6 @@ def number(block: Mapping[str, Any], names: tuple[str, ...], where: str, known: 
             one_of(f"{where}: {name}", value, known)
         return value
     raise ValueError(f"{where}: quantization_config has none of {', '.join(names)}")
-
-
-def matches(pattern: str, name: str, where: str) -> bool:
-    """Whether a regex of a config names a module. ValueError for one that is none."""
-    try:
-        return re.match(pattern, name) is not None
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"{where}: {pattern[:80]!r} is no regular expression ({error}); config.json is damaged"
-        ) from None
 
 
 def check_words(reader: WeightReader, full: str, shape: tuple[int, ...], where: str) -> None:

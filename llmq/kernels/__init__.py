@@ -209,6 +209,11 @@ def layout_version() -> int:
     return int(_core.LAYOUT_VERSION) if _core else 0
 
 
+def packed_bytes(n: int, k: int, scheme: QuantScheme) -> int:
+    """Bytes of a matrix [n, k] in the compiled kernels' layout."""
+    return int(_layout(n, k, scheme).nbytes)
+
+
 def layout(w: PackedWeight) -> _core.Layout:
     """The compiled description of a packed matrix, as the compiled decoder takes it."""
     return _layout(w.n, w.k, w.scheme)

@@ -10,6 +10,7 @@ import hashlib
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llmq.models.patterns import Patterns
 from llmq.models.reader import read_header, read_json
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -81,7 +83,7 @@ class Adapter:
     matrices: dict[str, LoraMatrices]
     folder: Path
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of names, scales and all numbers."""
         found = hashlib.sha256()
@@ -112,7 +114,8 @@ def read_adapter(folder: Path) -> Adapter:
     parts = _parts(load_file(path), path)
     if not parts:
         raise ValueError(f"{path} holds no tensors: the adapter is empty")
-    return Adapter({name: _matrices(name, pair, config, path) for name, pair in parts.items()}, folder)
+    patterns = {key: _patterns(config, key, where) for key in ("rank_pattern", "alpha_pattern")}
+    return Adapter({name: _matrices(name, pair, config, patterns, path) for name, pair in parts.items()}, folder)
 
 
 def _check_config(config: dict[str, Any], where: str) -> None:
@@ -165,10 +168,13 @@ def _parts(tensors: dict[str, Tensor], path: Path) -> dict[str, dict[str, Tensor
     return parts
 
 
-def _matrices(name: str, pair: dict[str, Tensor], config: dict[str, Any], path: Path) -> LoraMatrices:
+def _matrices(
+    name: str, pair: dict[str, Tensor], config: dict[str, Any], patterns: dict[str, Patterns], path: Path
+) -> LoraMatrices:
     a, b = pair["A"], pair["B"]
     ranks, alphas = (
-        _of_module(config, key, name, path) for key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
+        _of_module(config, patterns, key, name, path)
+        for key in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha"))
     )
     rank = a.shape[0]
     if not (rank == b.shape[1] > 0 and rank in ranks):
@@ -186,18 +192,21 @@ def _matrices(name: str, pair: dict[str, Tensor], config: dict[str, Any], path: 
     return LoraMatrices(a.to(dtype).contiguous(), b.to(dtype).T.contiguous(), scale)
 
 
-def _of_module(config: dict[str, Any], keys: tuple[str, str], name: str, path: Path) -> list[float]:
-    """What a pattern or, where none matches, its default says of a module: the distinct values, usually one.
+def _patterns(config: dict[str, Any], key: str, where: str) -> Patterns:
+    """The regular expressions of a pattern: each is for the end of a module's name (get_pattern_key in peft)."""
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: {key} is {_short(found)}; an object of regular expressions was expected")
+    return Patterns([rf"(.*\.)?({pattern})" for pattern in found], f"{where}: {key}", whole=True)
 
-    A pattern is a regular expression for the end of the name (get_pattern_key in peft).
-    """
+
+def _of_module(
+    config: dict[str, Any], patterns: dict[str, Patterns], keys: tuple[str, str], name: str, path: Path
+) -> list[float]:
+    """What a pattern or, where none matches, its default says of a module: the distinct values, usually one."""
     pattern, default = keys
-    found = config.get(pattern) or {}
-    try:
-        values = [v for key, v in found.items() if re.fullmatch(rf"(.*\.)?({key})", name)]
-    except (re.error, AttributeError) as error:
-        raise ValueError(f"{path.parent / CONFIG_NAME}: {pattern} is {_short(found)}: {error}") from None
-    values = values or [config.get(default)]
+    said = list((config.get(pattern) or {}).values())
+    values = [said[i] for i in patterns[pattern].matching(name)] or [config.get(default)]
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{path.parent / CONFIG_NAME}: {default} of {name} is {_short(value)}; expected a number")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from llmq.checkpoint import FORMAT_VERSION, REPORT_NAME
 from llmq.config import cache_folder, one_of
 from llmq.conversion import convert
 from llmq.dialects import INEXACT, quantization_block
+from llmq.dialects.source import open_source
 from llmq.models.reader import read_json
+from llmq.report import silent
 from llmq.runtime.foreign import foreign_config
 
 # Raised when a conversion of a GGUF file would come out differently, so that cached ones of an older llmq are not used.
@@ -47,7 +51,14 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
             ValueError: a method that llmq does not read, a damaged folder, numbers that cannot be held.
         """
         one_of("inexact", inexact, INEXACT)
-        name = pretrained_model_name_or_path
+        with _clear_errors(pretrained_model_name_or_path, inexact):
+            return cls._opened(pretrained_model_name_or_path, args, inexact, kwargs)
+
+    @classmethod
+    def _opened(cls, name: Any, args: tuple[Any, ...], inexact: str, kwargs: dict[str, Any]) -> Any:
+        for file in Path(str(name)).expanduser().glob("*.safetensors"):
+            if file.exists() and not file.is_file():
+                raise ValueError(f"{file} is no file but a folder, pipe or device, whose reading may never end")
         if str(name).lower().endswith(".gguf") and Path(name).expanduser().is_file():
             kwargs.setdefault("dtype", torch.float32)
             return super().from_pretrained(expanded(Path(name).expanduser(), inexact), *args, **kwargs)
@@ -59,6 +70,26 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         config = transformers.AutoConfig.from_pretrained(name, **hub)
         kwargs.setdefault("dtype", torch.float32)
         return super().from_pretrained(name, *args, config=foreign_config(config, inexact), **kwargs)
+
+
+@contextlib.contextmanager
+def _clear_errors(name: Any, inexact: str) -> Iterator[None]:
+    """Let a damaged file or folder be a ValueError that names it, whatever transformers stumbles over in it."""
+    try:
+        yield
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        path = Path(str(name)).expanduser()
+        if (isinstance(error, ValueError) and path.name in str(error)) or not path.exists():
+            raise
+        try:
+            open_source(path, inexact=inexact, log=silent)  # its messages say what is wrong with the files
+        except (ValueError, OSError) as reason:
+            if "is not quantized" not in str(reason):
+                raise reason from error
+        text = " ".join(str(error).split())
+        raise ValueError(f"{name} cannot be opened: {type(error).__name__}: {text[:300]}") from error
 
 
 def expanded(path: Path, inexact: str) -> Path:

@@ -7,7 +7,6 @@ except MLX folders, whose config transformers does not take.
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +74,7 @@ class ForeignQuantizer(LlmqQuantizer):
                 if not isinstance(module, QLinear):
                     raise ValueError(f"{where}: {name} has a column order, but is no linear")
                 module.column_order = m.order
-        leave_unread(
-            model, {rf"^{re.escape(t)}$" for m in self._folder.matrices.values() for t in self._unread(m.name)}
-        )
+        leave_unread(model, {t for m in self._folder.matrices.values() for t in self._unread(m.name)})
         self._packed = packed_cache.load(self._files, _named(model, schemes))
         # From here on the model is one of llmq's own: this is what save_pretrained writes.
         first = next(iter(schemes.values()))

@@ -84,7 +84,7 @@ class LlmqQuantizer(HfQuantizer):
             # Without buffers the modules ask for no tensors, and those in the files are left unread.
             for module in _matrices(model).values():
                 module.drop_buffers()
-            leave_unread(model, {rf"^{re.escape(name)}\.(qweight|scales|zeros)$" for name in schemes})
+            leave_unread(model, {f"{name}.{key}" for name in schemes for key in ("qweight", "scales", "zeros")})
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:
         dtype = model.dtype
@@ -130,8 +130,12 @@ def untie(model: nn.Module) -> None:
     model.__dict__.update(_tied_weights_keys=None, all_tied_weights_keys={})
 
 
-def leave_unread(model: nn.Module, patterns: set[str]) -> None:
-    """Let transformers pass over stored tensors whose names match, without a word."""
+def leave_unread(model: nn.Module, names: set[str]) -> None:
+    """Let transformers pass over stored tensors of these names without a word, whatever the numbers in them.
+
+    It tries every pattern on every name: one for all layers keeps that short.
+    """
+    patterns = {f"^{re.sub('[0-9]+', '[0-9]+', re.escape(name))}$" for name in names}
     known: Any = model._keys_to_ignore_on_load_unexpected
     # A set in newer transformers, a list or None in 5.0.
     both = known | patterns if isinstance(known, set) else [*(known or ()), *patterns]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import weakref
+from collections.abc import Mapping
 from collections.abc import Sequence as ListLike
 from typing import Any
 
@@ -61,10 +62,11 @@ class NativeDecoder:
         activation_bits: 8, or 16 for float activations and a float cache (slow, for checking).
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        parts = _Parts(model)
+    def __init__(self, model: nn.Module, earlier: NativeDecoder | None = None) -> None:
+        parts = _Parts(model, earlier._dense_at if earlier is not None else {})
         self._core = core().Decoder(parts.spec())
         self._kept = parts.kept
+        self._dense_at: dict[int, tuple[Tensor, int, Tensor]] = parts.dense_at
         self._modules = parts.modules
         self._packed = [_packed(m) for m in parts.modules]
         self._adapters, self.adapter = parts.adapters, parts.adapter
@@ -81,7 +83,7 @@ class NativeDecoder:
         core()
         made = _DECODERS.get(model)
         if made is None or not made._is_current(model):
-            made = _DECODERS[model] = cls(model)
+            made = _DECODERS[model] = cls(model, made)
         made.activation_bits = _activation_bits(made._modules)
         return made
 
@@ -232,7 +234,7 @@ class _Parts:
     ``kept`` holds the tensors whose addresses the compiled decoder uses.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, earlier: Mapping[int, tuple[Tensor, int, Tensor]]) -> None:
         config: Any = model.config
         family = family_of(config.model_type)
         if family is None or family.native is None:
@@ -240,7 +242,10 @@ class _Parts:
             raise Unsupported(f"model type {config.model_type!r} has no native decoder (there is one for: {known})")
         self.model, self.family, self.names, self.config = model, family, family.native, config
         self.kept: list[Tensor] = []
-        self._dense_at: dict[int, Tensor] = {}
+        # By address: a dense matrix, its version, and what the decoder reads. Those of the decoder before this one are
+        # taken over: a change of adapter alone does not look at an embedding again.
+        self.dense_at: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._earlier = earlier
         self.modules = _matrix_modules(model)
         # Of each module; they stay alive with the decoder, which holds the addresses of their numbers.
         self.adapters = [adapter_of(m) for m in self.modules]
@@ -249,7 +254,7 @@ class _Parts:
         self.activation_bits = _activation_bits(self.modules)
         self.decoder: Any = model.get_submodule(family.decoder)
         self.vocab_size, self.hidden_size = int(config.vocab_size), int(config.hidden_size)
-        self.max_positions = int(getattr(config, "max_position_embeddings", None) or 2**31 - 1)
+        self.max_positions = min(int(getattr(config, "max_position_embeddings", None) or 2**31 - 1), 2**31 - 1)
         # Frequencies afresh: `model.to(dtype)` has rounded the module's own.
         make_rotary: Any = type(self.decoder.rotary_emb)
         self.rotary: Any = make_rotary(config=config)
@@ -357,9 +362,13 @@ class _Parts:
     def _dense(self, weight: Tensor, bias_at: int) -> Any:
         """A matrix as it is, or in 16 bits where that loses nothing; an embedding that is also the head, once."""
         at = weight.data_ptr()
-        if at not in self._dense_at:
-            self._dense_at[at] = self._in_its_least_type(weight)
-        weight = self._dense_at[at]
+        if at not in self.dense_at:
+            before = self._earlier.get(at)
+            now = (weight.shape, weight.dtype, weight._version)
+            if before is None or (before[0].shape, before[0].dtype, before[1]) != now:
+                before = (weight, weight._version, self._in_its_least_type(weight))
+            self.dense_at[at] = before
+        weight = self.dense_at[at][2]
         n, k = weight.shape
         return core().Matrix.dense(data=self._keep(weight), n=n, k=k, type=DENSE_TYPES[weight.dtype], bias=bias_at)
 

@@ -61,19 +61,26 @@ def load(files: Sequence[str], modules: dict[str, QuantizedMatrix]) -> dict[str,
     origin = _origin(files, modules)
     for path in _places(Path(files[0]).parent):
         head = _read_head(path)
-        if head is not None and head["origin"] == origin:
+        if head is None or head.get("origin") != origin:
+            continue
+        # A folder comes with whatever someone put into it: what does not fit is made anew.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
             return {name: _mapped(path, head, name, module) for name, module in modules.items()}
     return {}
 
 
 def _mapped(path: Path, head: dict[str, Any], name: str, module: QuantizedMatrix) -> PackedWeight:
     start, nbytes = head["places"][name]
+    if start < 0 or nbytes != kernels.packed_bytes(module.n, module.k, module.scheme):
+        raise ValueError(f"{path}: {name} lies at {start} with {nbytes} bytes")
     mapped = np.memmap(path, dtype=np.uint8, mode="c", offset=head["start"] + start, shape=(nbytes,))
     return PackedWeight(module.n, module.k, module.scheme, torch.from_numpy(mapped))
 
 
 def _read_head(path: Path) -> dict[str, Any] | None:
     """The first line, or None when the file is missing, cut short or no file of ours."""
+    if not path.is_file():  # opening a pipe waits for its other end
+        return None
     try:
         with path.open("rb") as f:
             line = f.readline(_MAX_HEAD)
