@@ -103,8 +103,9 @@ class InputStats:
         """H += x^T x for finite x f32[t, K]. Tiles on and above the diagonal are multiplied; the rest is mirrored."""
         k = x.shape[1]
         tiles = [slice(a, min(a + TILE, k)) for a in range(0, k, TILE)]
+        xt = x.T.contiguous()  # whole rows of it are multiplied: no tile is copied
         for i, rows in enumerate(tiles):
-            strip = matmul(x[:, rows].T, x[:, rows.start :])
+            strip = matmul(xt[rows], xt[rows.start :].T)
             self.H[rows, rows.start :] += strip.double()
             for columns in tiles[i + 1 :]:
                 self.H[columns, rows] = self.H[rows, columns].T
