@@ -47,7 +47,7 @@ class LayerCosts:
         index: of the layer in the model.
         window: tokens of a sliding window, or None.
         error: (part, bits) -> relative squared error of the attention output.
-        nbytes: (part, bits) -> bytes of the part at the context asked for.
+        nbytes: bits of (keys, values) -> bytes at the context asked for, as whoever runs the model holds them.
     """
 
     index: int
@@ -85,13 +85,10 @@ class Choice:
         budget = "" if self.budget is None else f" of a budget of {self.budget / 1e6:.2f} MB"
         lines = [f"KV cache of {self.context} tokens: {self.nbytes / 1e6:.2f} MB{budget}"]
         lines.append("layer   window  keys  values  error of the output, %         MB")
-        for costs, bits in zip(self.layers, self.bits, strict=True):
-            error = sum(costs.error[part, b] for part, b in enumerate(bits))
-            size = sum(costs.nbytes[part, b] for part, b in enumerate(bits)) / 1e6
-            window = costs.window or "all"
-            lines.append(
-                f"{costs.index:>5}  {window:>7}  {bits[0]:>4}  {bits[1]:>6}  {100 * error:>22.4f}  {size:>9.3f}"
-            )
+        for costs, (k, v) in zip(self.layers, self.bits, strict=True):
+            error, window = costs.error[0, k] + costs.error[1, v], costs.window or "all"
+            size = costs.nbytes[k, v] / 1e6
+            lines.append(f"{costs.index:>5}  {window:>7}  {k:>4}  {v:>6}  {100 * error:>22.4f}  {size:>9.3f}")
         if self.budget is None:
             found = ", ".join(self.protected) or "none"
             lines.append(f"protected, {USUAL} bits would cost more than {100 * MOST_ERROR:g} %: {found}")
@@ -112,6 +109,9 @@ class Choice:
         return {**about, "protected": self.protected, "layers": rows}
 
 
+Bits = list[tuple[int, int]]
+
+
 @dataclass(frozen=True)
 class Subject:
     """A model whose bits are to be chosen.
@@ -121,65 +121,61 @@ class Subject:
         n_layers: of the model; those that cache nothing count.
         context: tokens for which bytes count.
         base: everything but the bits.
-        measured: bytes of a cache of ``context`` tokens with a configuration, as whoever runs the model holds it.
     """
 
     layers: list[LayerCosts]
     n_layers: int
     context: int
     base: KVCacheConfig
-    measured: Callable[[KVCacheConfig], int] | None = None
 
-    def _choice(self, bits: dict[tuple[int, int], int], budget: int | None) -> Choice:
-        pairs = tuple((bits[i, 0], bits[i, 1]) for i in range(len(self.layers)))
-        by_layer = {costs.index: f"k{k}v{v}" for costs, (k, v) in zip(self.layers, pairs, strict=True)}
+    def natively(self, config: Any) -> Subject:
+        """The same model in the native decoder's cache, by its ``config``; pages make that larger."""
+        text = config.get_text_config()
+        heads, head_dim = int(text.num_key_value_heads), getattr(text, "head_dim", None)
+        head_dim = int(head_dim or text.hidden_size // text.num_attention_heads)
+        layers = []
+        for costs in self.layers:
+            nbytes = {
+                (k, v): cache_bytes(
+                    replace(self.base, layers=(f"k{k}v{v}",)), heads, head_dim, [costs.window or 0], self.context
+                )
+                for k, v in costs.nbytes
+            }
+            layers.append(replace(costs, nbytes=nbytes))
+        return replace(self, layers=layers)
+
+    def _nbytes(self, bits: Bits) -> int:
+        return sum(costs.nbytes[pair] for costs, pair in zip(self.layers, bits, strict=True))
+
+    def _choice(self, bits: Bits, budget: int | None) -> Choice:
+        by_layer = {costs.index: f"k{k}v{v}" for costs, (k, v) in zip(self.layers, bits, strict=True)}
         texts = tuple(by_layer.get(i, "16") for i in range(self.n_layers))  # a layer without keys has no bits
         config = replace(self.base, layers=texts)
-        nbytes = sum(self.layers[i].nbytes[part, b] for (i, part), b in bits.items())
-        nbytes = nbytes if self.measured is None else self.measured(config)
-        return Choice(config, nbytes, budget, self.context, tuple(self.layers), pairs)
+        return Choice(config, self._nbytes(bits), budget, self.context, tuple(self.layers), tuple(bits))
 
     def auto(self) -> Choice:
         """The usual bits, and more for what they would cost too much."""
         choices = [b for b in _BITS if b >= USUAL]
-        bits = {
-            (i, part): next((b for b in choices if costs.error[part, b] <= MOST_ERROR), choices[-1])
-            for i, costs in enumerate(self.layers)
-            for part in (0, 1)
-        }
-        return self._choice(bits, None)
+
+        def enough(costs: LayerCosts, part: int) -> int:
+            return next((b for b in choices if costs.error[part, b] <= MOST_ERROR), choices[-1])
+
+        return self._choice([(enough(costs, 0), enough(costs, 1)) for costs in self.layers], None)
 
     def within(self, budget: int) -> Choice:
         """Least error in ``budget`` bytes. Raises ValueError if not even 2 bits fit."""
-        room = budget
-        while True:
-            bits = self._greedy(room)
-            choice = self._choice(bits, budget)
-            if choice.nbytes <= budget:
-                return choice
-            # Pages make a cache larger than the sum of its parts.
-            if bits == self._least():
-                raise self._too_small(choice.nbytes, budget)
-            room -= max(choice.nbytes - budget, 1)
-
-    def _least(self) -> dict[tuple[int, int], int]:
-        parts = [(i, part) for i in range(len(self.layers)) for part in (0, 1)]
-        return {(i, p): min(LADDER, key=lambda b: self.layers[i].nbytes[p, b]) for i, p in parts}
-
-    def _greedy(self, room: int) -> dict[tuple[int, int], int]:
-        bits = self._least()
-        used = sum(self.layers[i].nbytes[part, b] for (i, part), b in bits.items())
-        while step := _best_step(self.layers, bits, room - used):
-            (i, part), to = step
-            used += self.layers[i].nbytes[part, to] - self.layers[i].nbytes[part, bits[i, part]]
-            bits[i, part] = to
-        return bits
-
-    def _too_small(self, nbytes: int, budget: int) -> ValueError:
-        return ValueError(
-            f"a cache of {self.context} tokens takes {nbytes / 1e6:.2f} MB at {LADDER[0]} bits, the least there is, "
-            f"and the budget is {budget / 1e6:.2f} MB: raise it to that, or ask for a shorter context (--kv-context)"
-        )
+        pairs = list(itertools.product(LADDER, LADDER))
+        bits = [min(pairs, key=costs.nbytes.__getitem__) for costs in self.layers]
+        if self._nbytes(bits) > budget:
+            raise ValueError(
+                f"a cache of {self.context} tokens takes {self._nbytes(bits) / 1e6:.2f} MB at {LADDER[0]} bits, the "
+                f"least there is, and the budget is {budget / 1e6:.2f} MB: raise it to that, or ask for a shorter "
+                "context (--kv-context)"
+            )
+        while step := _best_step(self.layers, bits, budget - self._nbytes(bits)):
+            layer, pair = step
+            bits[layer] = pair
+        return self._choice(bits, budget)
 
 
 def of_model(model: Any, tokens: Tensor, context: int, config: KVCacheConfig | None = None) -> Subject:
@@ -210,7 +206,7 @@ def of_source(source: SourceModel, context: int, config: KVCacheConfig | None = 
     Raises:
         ValueError: as for :func:`of_model`.
     """
-    base, text = replace(config or KVCacheConfig(), layers=()), source.config.get_text_config()
+    base = replace(config or KVCacheConfig(), layers=())
     tokens = probe_tokens(source.tokenizer, context)
 
     def run() -> None:
@@ -220,13 +216,7 @@ def of_source(source: SourceModel, context: int, config: KVCacheConfig | None = 
                 hidden = [run_block(block, {}, hidden[0], calls[i])]
 
     layers = _listen(source.model, run, context, base)
-    windows = [costs.window or 0 for costs in layers]
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-    def measured(kv: KVCacheConfig) -> int:
-        return cache_bytes(kv, int(text.num_key_value_heads), int(head_dim), windows, context)
-
-    return Subject(layers, len(source.block_names), context, base, measured)
+    return Subject(layers, len(source.block_names), context, base).natively(source.config)
 
 
 def probe_tokens(tokenizer: Any, most: int) -> Tensor:
@@ -240,17 +230,16 @@ def usual_context(config: Any) -> int:
     return min(getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_CONTEXT, MAX_CONTEXT)
 
 
-def _best_step(
-    layers: list[LayerCosts], bits: dict[tuple[int, int], int], room: int
-) -> tuple[tuple[int, int], int] | None:
-    """The affordable step that saves most error a byte: ((layer, part), bits), or None."""
+def _best_step(layers: list[LayerCosts], bits: Bits, room: int) -> tuple[int, tuple[int, int]] | None:
+    """The affordable step that saves most error a byte: (position of the layer, its bits then), or None."""
     best, most = None, 0.0
-    for (i, part), b in bits.items():
-        for to in LADDER:
-            cost = layers[i].nbytes[part, to] - layers[i].nbytes[part, b]
-            saved = (layers[i].error[part, b] - layers[i].error[part, to]) / max(cost, 1)
+    for i, (costs, (k, v)) in enumerate(zip(layers, bits, strict=True)):
+        for new in {(b, v) for b in LADDER} | {(k, b) for b in LADDER}:
+            cost = costs.nbytes[new] - costs.nbytes[k, v]
+            error = [costs.error[0, a] + costs.error[1, b] for a, b in ((k, v), new)]
+            saved = (error[0] - error[1]) / max(cost, 1)
             if cost <= room and saved > most:
-                best, most = ((i, part), to), saved
+                best, most = (i, new), saved
     return best
 
 
@@ -269,13 +258,15 @@ def _listen(model: Any, run: Callable[[], Any], context: int, config: KVCacheCon
         out = own(module, q, k, v, *rest, **options)
         layers: dict[int, Any] = {b: cache.layers[module.layer_idx] for b, cache in caches.items()}
         costs = found[module.layer_idx] = LayerCosts(module.layer_idx, layers[LADDER[0]].sliding_window)
+        nbytes: dict[tuple[int, int], int] = {}
         for b, layer in layers.items():
             for part, (x, storage) in enumerate(((k, layer.key_storage), (v, layer.value_storage))):
                 states = [k, v]
                 states[part] = _through(storage, x)
                 changed = own(module, q, *states, *rest, **options)[0]
                 costs.error[part, b] = float((changed - out[0]).square().sum() / out[0].square().sum())
-                costs.nbytes[part, b] = _bytes(storage, x, context, costs.window)
+                nbytes[part, b] = _bytes(storage, x, context, costs.window)
+        costs.nbytes = {(a, b): nbytes[0, a] + nbytes[1, b] for a in layers for b in layers}
         return out
 
     with _probed(model, probe):

@@ -141,14 +141,7 @@ def choose(kv: KVFeed, args: argparse.Namespace, model: Any, tokenizer: Any) -> 
     Raises ValueError naming the sizes if not even 2 bits fit.
     """
     context = args.kv_context or usual_context(model.config)
-    subject, decoder = of_model(model, probe_tokens(tokenizer, context), context, kv.config), kv.native(model)
-    if decoder is not None:
-
-        def measured(config: KVCacheConfig) -> int:
-            sequence = decoder.new_sequence(kv=config)
-            sequence.skip(context)
-            return sequence.nbytes
-
-        subject = replace(subject, measured=measured)
+    subject = of_model(model, probe_tokens(tokenizer, context), context, kv.config)
+    subject = subject if kv.native(model) is None else subject.natively(model.config)
     choice = subject.within(parse_size(args.kv_budget)) if args.kv_budget is not None else subject.auto()
     return replace(kv, config=choice.config), choice.table()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from llmq import CalibConfig, KVCacheConfig, QuantizedKVCache, RuntimeConfig, kv_budget, quantize_model
+from llmq import (
+    CalibConfig,
+    KVCacheConfig,
+    QuantizedKVCache,
+    QuantScheme,
+    RuntimeConfig,
+    kv_budget,
+    quantize_model,
+    set_kv_cache,
+)
 from llmq.checkpoint import REPORT_NAME
-from llmq.kv_budget import LADDER, Choice, Subject, measure, of_model, of_source
+from llmq.kv_budget import LADDER, Choice, measure, of_model, of_source
 from llmq.models.load import open_model
 from llmq.quantize import main
 
 Tiny = Callable[..., Path]
 BASE = KVCacheConfig(sinks=2, recent=0)
+PAIRS = list(itertools.product(LADDER, LADDER))
 
 
 @pytest.fixture(params=["llama", "gemma3"])
@@ -48,7 +59,8 @@ def test_fewer_bits_cost_more(model: Any) -> None:
     assert [c.index for c in costs] == [0, 1]
     for c in costs:
         for part in (0, 1):
-            errors, sizes = ([d[part, b] for b in LADDER] for d in (c.error, c.nbytes))
+            errors = [c.error[part, b] for b in LADDER]
+            sizes = [c.nbytes[(b, 4) if part == 0 else (4, b)] for b in LADDER]
             assert errors[0] > errors[1] > errors[2] > 0
             assert sizes == sorted(sizes)
 
@@ -75,8 +87,7 @@ def test_the_first_layers_value_error_is_that_of_attention_by_hand(tiny_model: T
 def test_what_is_chosen_fits_and_is_measured_true(model: Any) -> None:
     context = 400
     smallest = choose(model, text(), 10**9, context, BASE).layers
-    low = sum(min(c.nbytes[part, b] for b in LADDER) for c in smallest for part in (0, 1))
-    high = sum(max(c.nbytes[part, b] for b in LADDER) for c in smallest for part in (0, 1))
+    low, high = (sum(least(c.nbytes[pair] for pair in PAIRS) for c in smallest) for least in (min, max))
     for budget in (low, (low + high) // 2, high):
         choice = choose(model, text(), budget, context, BASE)
         assert choice.nbytes <= budget
@@ -92,10 +103,9 @@ def test_what_is_chosen_fits_and_is_measured_true(model: Any) -> None:
 def test_the_choice_is_near_the_best_of_all(model: Any) -> None:
     context = 400
     layers = measure(model, text(), context, BASE)
-    parts = [(c, part) for c in layers for part in (0, 1)]
-    ways = list(itertools.product(LADDER, repeat=len(parts)))
-    sizes = [sum(c.nbytes[p, b] for (c, p), b in zip(parts, way, strict=True)) for way in ways]
-    errors = [sum(c.error[p, b] for (c, p), b in zip(parts, way, strict=True)) for way in ways]
+    ways = list(itertools.product(PAIRS, repeat=len(layers)))
+    sizes = [sum(c.nbytes[pair] for c, pair in zip(layers, way, strict=True)) for way in ways]
+    errors = [sum(c.error[0, k] + c.error[1, v] for c, (k, v) in zip(layers, way, strict=True)) for way in ways]
     budget = (min(sizes) + max(sizes)) // 2
     choice = choose(model, text(), budget, context, BASE)
     got = sum(c.error[p, b] for c, bits in zip(choice.layers, choice.bits, strict=True) for p, b in enumerate(bits))
@@ -122,7 +132,7 @@ def test_block_by_block_the_errors_are_those_of_the_whole_model(
     monkeypatch.setattr(kv_budget, "probe_tokens", lambda _tokenizer, _most: text())
     costs = of_source(open_model(tiny_model(family)), 300, BASE).layers
     for ours, theirs in zip(costs, measure(whole, text(), 300, BASE), strict=True):
-        assert (ours.index, ours.window, ours.nbytes) == (theirs.index, theirs.window, theirs.nbytes)
+        assert (ours.index, ours.window) == (theirs.index, theirs.window)
         assert ours.error == pytest.approx(theirs.error, rel=1e-3)
 
 
@@ -145,18 +155,27 @@ def test_layers_that_need_it_are_protected(model: Any, monkeypatch: pytest.Monke
     assert {b for pair in subject.auto().bits for b in pair} == {16}
 
 
-def test_pages_that_do_not_fit_cost_bits(model: Any) -> None:
-    subject = of_model(model, text(), 400, BASE)
-    takes = {bits: 10_000 + 1500 * bits for bits in range(8, 33)}
-    pages = Subject(subject.layers, subject.n_layers, 400, BASE, lambda kv: takes[bits_of(kv)])
-    assert bits_of(subject.within(takes[20]).config) > 20
-    assert 8 < bits_of(pages.within(takes[20]).config) <= 20
-    with pytest.raises(ValueError, match=r"takes 0\.02 MB at 2 bits, the least there is, and the budget is 0\.02 MB"):
-        pages.within(takes[8] - 1000)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_native_bytes_are_those_of_the_decoders_cache(tiny_model: Tiny, family: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize_model(tiny_model(family), QuantScheme(group_size=32), method="rtn", calib=CalibConfig(), output=out)
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    subject = of_model(model, text(), 300, KVCacheConfig()).natively(model.config)
+    choice = subject.within(sum(c.nbytes[4, 4] for c in subject.layers) + 1)
+    with torch.no_grad(), use_kv(model, choice.config):
+        cache = model(input_ids=text(300)[None], use_cache=True).past_key_values
+    assert (
+        cache.nbytes
+        == choice.nbytes
+        == sum(c.nbytes[pair] for c, pair in zip(subject.layers, choice.bits, strict=True))
+    )
 
 
-def bits_of(kv: KVCacheConfig) -> int:
-    return sum(sum(kv.of_layer(i)) for i in range(len(kv.layers)))
+@contextmanager
+def use_kv(model: Any, kv: KVCacheConfig) -> Iterator[None]:
+    set_kv_cache(model, kv)
+    yield
+    set_kv_cache(model, None)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
