@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 from llmq.checkpoint import FORMAT_VERSION, REPORT_NAME
 from llmq.config import cache_folder, one_of
@@ -89,6 +90,8 @@ def _clear_errors(name: Any, inexact: str) -> Iterator[None]:
             if "is not quantized" not in str(reason):
                 raise reason from error
         text = " ".join(str(error).split())
+        if isinstance(error, SafetensorError):
+            raise ValueError(f"a safetensors file in {name} is damaged ({text[:300]}); get it anew") from error
         raise ValueError(f"{name} cannot be opened: {type(error).__name__}: {text[:300]}") from error
 
 
