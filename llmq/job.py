@@ -12,7 +12,7 @@ from torch import Tensor
 from llmq import calibration
 from llmq.blockwise import Observed
 from llmq.config import BudgetConfig, CalibConfig, QuantScheme, RuntimeConfig, parse_size
-from llmq.kv_budget import Choice, of_source, usual_context
+from llmq.kv_budget import Choice, context_of, of_source
 from llmq.models.load import SourceModel
 from llmq.plan import BASE_BYTES, Plan, make_plan
 from llmq.report import Log, duration
@@ -86,7 +86,7 @@ class Job:
         """Settle the bits of the KV cache. Raises ValueError when a budget is too small for any."""
         if not self.runtime.chooses:
             return
-        context = self.runtime.kv_context or usual_context(self.source.config)
+        context = context_of(self.source.config, self.runtime.kv_context)
         self.log(f"measuring what few bits of keys and values do to each layer, for {context} tokens")
         subject, budget = of_source(self.source, context), self.runtime.kv_budget
         self.kv = subject.within(parse_size(budget)) if budget else subject.auto()

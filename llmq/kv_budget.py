@@ -225,9 +225,15 @@ def probe_tokens(tokenizer: Any, most: int) -> Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"][: min(PROBE_TOKENS, most)])
 
 
-def usual_context(config: Any) -> int:
-    """Tokens for which a budget counts where nothing else is asked for."""
-    return min(getattr(config.get_text_config(), "max_position_embeddings", None) or MAX_CONTEXT, MAX_CONTEXT)
+def context_of(config: Any, asked: int | None) -> int:
+    """Tokens for which bytes count: ``asked``, else the model's context, at most MAX_CONTEXT.
+
+    Raises ValueError for more than the model's context.
+    """
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if asked and limit and asked > limit:
+        raise ValueError(f"kv-context is {asked}; the model's context is {limit} tokens: ask for at most that many")
+    return asked or min(limit or MAX_CONTEXT, MAX_CONTEXT)
 
 
 def _best_step(layers: list[LayerCosts], bits: Bits, room: int) -> tuple[int, tuple[int, int]] | None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmq.config import KEY_SCALES, KV_AUTO, KVCacheConfig, parse_size
-from llmq.kv_budget import MAX_CONTEXT, of_model, probe_tokens, usual_context
+from llmq.kv_budget import MAX_CONTEXT, context_of, of_model, probe_tokens
 from llmq.runtime.cache import NativeCache
 from llmq.runtime.causal_lm import decoder_of, kv_config
 from llmq.runtime.native import NativeDecoder
@@ -140,7 +140,7 @@ def choose(kv: KVFeed, args: argparse.Namespace, model: Any, tokenizer: Any) -> 
 
     Raises ValueError naming the sizes if not even 2 bits fit.
     """
-    context = args.kv_context or usual_context(model.config)
+    context = context_of(model.config, args.kv_context)
     subject = of_model(model, probe_tokens(tokenizer, context), context, kv.config)
     subject = subject if kv.native(model) is None else subject.natively(model.config)
     choice = subject.within(parse_size(args.kv_budget)) if args.kv_budget is not None else subject.auto()

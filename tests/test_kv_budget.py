@@ -210,6 +210,7 @@ def test_a_checkpoint_holds_the_choice_and_runs_with_it(
         ({"kv_budget": "1K", "kv_bits": "8"}, "--kv-bits 8 and --kv-budget 1K exclude each other"),
         ({"kv_budget": "much"}, "size 'much' is not of the form"),
         ({"kv_context": -1}, "kv-context is -1"),
+        ({"kv_bits": "auto", "kv_context": 10**9}, r"kv-context is 1000000000; the model's context is \d+ tokens"),
         ({"kv_bits": "8*0,4"}, r"'8\*0' are not of the form"),
     ],
 )
