@@ -323,6 +323,16 @@ def test_what_transformers_stumbles_over_is_an_error_that_names_the_folder(
     assert str(tmp_path / "x") in str(caught.value)
 
 
+def test_a_config_of_endless_layers_is_refused_before_any_is_made(
+    tiny_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model("llama"), tmp_path / "deep"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 10**30}))
+    with pytest.raises(ValueError, match=r"deep: config.json says 10{30} layers, the files hold \d+ tensors: damaged"):
+        llmq.AutoModelForCausalLM.from_pretrained(folder)
+
+
 def test_a_damaged_index_of_a_dense_folder_names_it_too(original: Path, tmp_path: Path) -> None:
     shutil.copytree(original, tmp_path / "x")
     (tmp_path / "x" / "model.safetensors").rename(tmp_path / "x" / "a.safetensors")

@@ -18,7 +18,8 @@ from llmq.config import cache_folder, one_of
 from llmq.conversion import convert
 from llmq.dialects import INEXACT, quantization_block
 from llmq.dialects.source import open_source
-from llmq.models.reader import read_json
+from llmq.models.load import check_depth
+from llmq.models.reader import read_header, read_json
 from llmq.report import silent
 from llmq.runtime.foreign import foreign_config
 
@@ -57,9 +58,7 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
 
     @classmethod
     def _opened(cls, name: Any, args: tuple[Any, ...], inexact: str, kwargs: dict[str, Any]) -> Any:
-        for file in Path(str(name)).expanduser().glob("*.safetensors"):
-            if file.exists() and not file.is_file():
-                raise ValueError(f"{file} is no file but a folder, pipe or device, whose reading may never end")
+        _check_folder(Path(str(name)).expanduser())
         if str(name).lower().endswith(".gguf") and Path(name).expanduser().is_file():
             kwargs.setdefault("dtype", torch.float32)
             return super().from_pretrained(expanded(Path(name).expanduser(), inexact), *args, **kwargs)
@@ -71,6 +70,20 @@ class AutoModelForCausalLM(transformers.AutoModelForCausalLM):
         config = transformers.AutoConfig.from_pretrained(name, **hub)
         kwargs.setdefault("dtype", torch.float32)
         return super().from_pretrained(name, *args, config=foreign_config(config, inexact), **kwargs)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise ValueError for what would keep transformers busy for ever."""
+    shards = sorted(folder.glob("*.safetensors"))
+    for file in shards:
+        if file.exists() and not file.is_file():
+            raise ValueError(f"{file} is no file but a folder, pipe or device, whose reading may never end")
+    try:
+        config, n_tensors = read_json(folder / "config.json"), sum(len(read_header(file)) for file in shards)
+    except (ValueError, OSError):  # said better by whoever needs them
+        return
+    if shards:
+        check_depth(config, n_tensors, str(folder))
 
 
 @contextlib.contextmanager
