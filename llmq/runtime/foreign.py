@@ -7,6 +7,7 @@ except MLX folders, whose config transformers does not take.
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class ForeignQuantizer(LlmqQuantizer):
         self._files = tuple(map(str, kwargs.get("checkpoint_files") or ()))
         if not self._files:
             raise ValueError("a quantized folder of another tool needs its files; none came with the config")
+        for file in filter(os.path.isdir, self._files):
+            raise ValueError(f"{file} is a folder; its index names it in the place of a file of tensors: damaged")
         where = str(Path(self._files[0]).parent)
         with torch.device("cpu"):  # transformers builds the model on the meta device
             self._folder = open_quantized(
