@@ -18,7 +18,7 @@ from test_gguf import write_gguf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmq import QuantScheme, quantize_model
-from llmq.config import STEPS, RecipeConfig
+from llmq.config import PRESETS, RecipeConfig
 from llmq.models.gguf_export import export_gguf
 from llmq.models.load import open_model
 from llmq.solvers import rtn
@@ -65,7 +65,8 @@ def test_a_grid_is_methods_by_recipes_by_schemes() -> None:
 
 def test_the_ablation_adds_step_after_step() -> None:
     steps = [recipe.steps for recipe in ablation().values()]
-    assert steps == [STEPS[:i] for i in range(len(STEPS) + 1)]
+    best = PRESETS["best"]
+    assert steps == [best[:i] for i in range(len(best) + 1)]
     (row,) = (r for r in parse_grid("gptq:w3g64", ablation()) if r.name == "gptq +refit w3g64")
     assert row.recipe == RecipeConfig(only="target,refit")
     assert row.folder == "gptq-plus-refit-w3g64"

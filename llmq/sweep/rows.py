@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from llmq.config import PRESETS, STEPS, BudgetConfig, QuantScheme, RecipeConfig, one_of
+from llmq.config import PRESETS, BudgetConfig, QuantScheme, RecipeConfig, one_of
 from llmq.solvers import METHODS
 from llmq.sweep.peers import MAKERS
 
@@ -43,8 +43,9 @@ class Row:
 
 
 def ablation() -> dict[str, RecipeConfig]:
-    """Plain GPTQ, then each step of the recipe added to the ones before it: ``gptq``, ``+target``, ``+refit``, ..."""
-    steps = {f"+{step}": RecipeConfig(only=",".join(STEPS[: i + 1])) for i, step in enumerate(STEPS)}
+    """Plain GPTQ, then each step of ``best`` added to the ones before it: ``gptq``, ``+target``, ``+refit``, ..."""
+    best = PRESETS["best"]
+    steps = {f"+{step}": RecipeConfig(only=",".join(best[: i + 1])) for i, step in enumerate(best)}
     return {"alone": RecipeConfig(preset="fast"), **steps}
 
 
