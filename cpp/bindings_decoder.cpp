@@ -106,7 +106,7 @@ KvLayerShape layer_shape(std::pair<int, int> bits, int near_bits, bool by_column
   KvLayerShape shape{.keys = kv_type(bits.first), .values = kv_type(bits.second), .sinks = sinks, .recent = recent};
   const KvType columns = bits.first == 4 ? kKv4Columns : kKv2Columns;
   if (by_column && bits.first < 8) shape.keys = columns;
-  shape.rotate = rotate && !by_column && bits.first < 8;
+  shape.rotate = rotate && bits.first < 16 && !kv_by_column(shape.keys);
   // Codes of 8 bits are as good for every token.
   if ((bits.first < 8 || bits.second < 8) && sinks + recent > 0) shape.near = kv_type(near_bits);
   if (kv_by_column(shape.keys)) shape.near = kv_type(near_bits);

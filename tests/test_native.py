@@ -201,6 +201,18 @@ def test_logits_with_a_quantized_cache_are_near_those_without(folders, family: s
         assert 0.01 / levels < difference < 6 / levels
 
 
+@pytest.mark.parametrize(("kv", "turned"), [("8", True), ("k8v16", True), ("k16v8", False), ("k4v16", False)])
+def test_keys_with_scales_by_token_are_rotated(folders, kv: str, turned: bool) -> None:
+    model = load(folders("llama"))
+    set_activation_bits(model, 16)
+    decoder, [row], bits = NativeDecoder.of(model), ids_of(100), replace(KVCacheConfig.parse(kv), sinks=0, recent=0)
+    plain, rotated = (
+        decoder.forward([row], [decoder.new_sequence(kv=replace(bits, rotate=rotate))], output="all")
+        for rotate in (False, True)
+    )
+    assert torch.equal(plain, rotated) != turned
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("kv", ["16", "8", "4", "4 by token"])
 @pytest.mark.parametrize("bits", [8, 16])

@@ -23,7 +23,7 @@ constexpr std::int64_t kCropTokens = 32;
 constexpr std::int64_t kStepTaken = 256;
 
 // Raised with every change of what the bytes of a page mean, or of which pages a sequence holds: files name it.
-constexpr int kKvLayoutVersion = 1;
+constexpr int kKvLayoutVersion = 2;
 
 // No memory for pages, and how many bytes of it.
 class OutOfMemory : public std::bad_alloc {
