@@ -113,12 +113,18 @@ KvLayerShape layer_shape(std::pair<int, int> bits, int near_bits, bool by_column
   return shape;
 }
 
+std::vector<KvLayerShape> layer_shapes(const std::vector<std::pair<int, int>>& layers, int near_bits, bool by_column,
+                                       bool rotate, std::int64_t sinks, std::int64_t recent) {
+  std::vector<KvLayerShape> shapes;
+  for (const auto& bits : layers) shapes.push_back(layer_shape(bits, near_bits, by_column, rotate, sinks, recent));
+  return shapes;
+}
+
 std::unique_ptr<Sequence> new_sequence(const Decoder& decoder, const std::vector<std::pair<int, int>>& layers,
                                        int near_bits, bool by_column, bool rotate, std::int64_t sinks,
                                        std::int64_t recent) {
-  std::vector<KvLayerShape> shapes;
-  for (const auto& bits : layers) shapes.push_back(layer_shape(bits, near_bits, by_column, rotate, sinks, recent));
-  return std::make_unique<Sequence>(decoder.kv_shape(std::move(shapes)));
+  return std::make_unique<Sequence>(
+      decoder.kv_shape(layer_shapes(layers, near_bits, by_column, rotate, sinks, recent)));
 }
 
 // A sequence of no decoder; a layer without a window has 0.
@@ -126,12 +132,9 @@ std::unique_ptr<Sequence> shaped_sequence(std::int64_t kv_heads, std::int64_t he
                                           const std::vector<std::int64_t>& windows,
                                           const std::vector<std::pair<int, int>>& layers, int near_bits, bool by_column,
                                           bool rotate, std::int64_t sinks, std::int64_t recent) {
-  KvShape shape{.heads = kv_heads, .head_dim = head_dim, .layers = {}};
-  for (std::size_t i = 0; i < layers.size(); ++i) {
-    shape.layers.push_back(layer_shape(layers[i], near_bits, by_column, rotate, sinks, recent));
-    shape.layers.back().window = windows.at(i);
-  }
-  return std::make_unique<Sequence>(std::move(shape));
+  std::vector<KvLayerShape> shapes = layer_shapes(layers, near_bits, by_column, rotate, sinks, recent);
+  for (std::size_t i = 0; i < shapes.size(); ++i) shapes[i].window = windows.at(i);
+  return std::make_unique<Sequence>(KvShape{.heads = kv_heads, .head_dim = head_dim, .layers = std::move(shapes)});
 }
 
 // Attention of the last `count` of `length` tokens, as one layer of a decoder computes it. Rotation is the caller's.

@@ -97,13 +97,8 @@ class Choice:
     def to_json(self) -> dict[str, Any]:
         """For a report."""
         rows = [
-            {
-                "layer": c.index,
-                "keys": bits[0],
-                "values": bits[1],
-                "error": sum(c.error[p, b] for p, b in enumerate(bits)),
-            }
-            for c, bits in zip(self.layers, self.bits, strict=True)
+            {"layer": c.index, "keys": k, "values": v, "error": c.error[0, k] + c.error[1, v]}
+            for c, (k, v) in zip(self.layers, self.bits, strict=True)
         ]
         about = {"bits": str(self.config), "context": self.context, "bytes": self.nbytes, "budget": self.budget}
         return {**about, "protected": self.protected, "layers": rows}
