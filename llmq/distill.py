@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmq.blockwise import BlockCall, answering, compact_embedding, run_block
 from llmq.models.load import SourceModel, materialize
-from llmq.products import fast_linears
+from llmq.products import fast_linears, learning_linears
 
 # Pieces whose outputs are computed together: the original blocks are read once for all of them.
 TEACHER_BATCH = 32
@@ -142,8 +142,11 @@ class Teacher:
         source = self.source
         hidden = [self.entering[p].float() for p in pieces]
         for i, name in enumerate(source.block_names):
-            with materialize(source.block(i), name, source.reader) as block, fast_linears():
-                hidden = [run_block(block, {}, h, self.calls[i]) for h in hidden]
+            with materialize(source.block(i), name, source.reader) as block:
+                for j, piece in enumerate(pieces):
+                    # What is kept in 16 bits need not be computed in 32.
+                    with fast_linears() if self.entering[piece].dtype == torch.float32 else learning_linears():
+                        hidden[j] = run_block(block, {}, hidden[j], self.calls[i]).float()
         for piece, h in zip(pieces, hidden, strict=True):
             if not torch.isfinite(h).all():
                 raise ValueError(f"{source.folder}: its own outputs on the calibration text are not finite")

@@ -17,6 +17,9 @@ from llmq.distill import Head
 from llmq.products import fast_linears, learning_linears
 from llmq.qtensor import QTensor, by_group, centred, group_sums, storable_scale
 
+# What blocks may hold for their gradients, together; those beyond it are run again on the way back.
+GRAPH_BYTES = 1 << 30
+
 
 @dataclass
 class Linear:
@@ -119,24 +122,46 @@ class Block:
         """Output for x f32[b, t, hidden]; ``stored``: of the model as it will be stored, in fp32."""
         parameters = self.parameters(stored=stored)
         with fast_linears() if stored else learning_linears():
-            y = run_block(self.module, parameters, x, self.call)
+            return self._finite(run_block(self.module, parameters, x, self.call))
+
+    def _finite(self, y: Tensor) -> Tensor:
         if not torch.isfinite(y).all():
             raise ValueError(f"{self.name}: its output is not finite while it is tuned")
         return y
 
-    def backward(self, x: Tensor, dy: Tensor) -> Tensor:
-        """dL/dx from dL/dy, f32[b, t, hidden]; leaves the linears' gradients."""
+    def remember(self, x: Tensor) -> Passed:
+        """Output for x f32[b, t, hidden], with all that its gradient needs."""
         parameters = self.parameters(stored=False)
-        learned: list[Linear | Vector] = [*self.linears.values(), *self.vectors.values()]
         keys = (*(f"{name}.weight" for name in self.linears), *self.vectors)
         moving = [parameters[key].requires_grad_() for key in keys]
-        x = x.detach().requires_grad_()
-        with torch.enable_grad(), learning_linears():
-            y = run_block(self.module, parameters, x, self.call)
-        dx, *grads = torch.autograd.grad(y, [x, *moving], dy.to(y.dtype))
+        x, held = x.detach().requires_grad_(), {}
+
+        def count(t: Tensor) -> Tensor:
+            held[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        counting = torch.autograd.graph.saved_tensors_hooks(count, lambda t: t)
+        with torch.enable_grad(), learning_linears(), counting:
+            y = self._finite(run_block(self.module, parameters, x, self.call))
+        return Passed(x, y, moving, sum(held.values()))
+
+    def backward(self, passed: Passed, dy: Tensor) -> Tensor:
+        """dL/dx from dL/dy, f32[b, t, hidden]; leaves the gradients of what is learned."""
+        learned: list[Linear | Vector] = [*self.linears.values(), *self.vectors.values()]
+        dx, *grads = torch.autograd.grad(passed.y, [passed.x, *passed.moving], dy.to(passed.y.dtype))
         for item, grad in zip(learned, grads, strict=True):
             item.give_gradient(grad)
         return dx.float()
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A block's pass over x: its output, the parameters that learn, and the bytes held for their gradients."""
+
+    x: Tensor
+    y: Tensor
+    moving: list[Tensor]
+    nbytes: int
 
 
 class Student:
@@ -173,8 +198,18 @@ class Student:
 
     def backward(self, x: Tensor, target: Tensor, positions: slice) -> float:
         """KL at ``positions``; arguments as of :meth:`loss`. Its gradient is left in the linears' parameters."""
-        hidden = self.hidden(x, stored=False)
-        h = hidden.pop()
+        passed: list[Passed | Tensor] = []  # of a block that is to be run again: its input
+        room = GRAPH_BYTES
+        for block in self.blocks:
+            if room > 0:
+                here = block.remember(x)
+                room -= here.nbytes
+                passed.append(here)
+                x = here.y.detach().float()
+            else:
+                passed.append(x)
+                x = block.run(x, stored=False).float()
+        h = x
         dy = torch.zeros_like(h)
         compared, wanted = h[:, positions], target[:, positions]
         slope = torch.zeros_like(compared).flatten(0, 1)
@@ -182,7 +217,8 @@ class Student:
             loss = self._head(compared.flatten(0, 1), wanted.flatten(0, 1), slope)
         dy[:, positions] = slope.view(compared.shape)
         for block in reversed(self.blocks):
-            dy = block.backward(hidden.pop(), dy)
+            before = passed.pop()
+            dy = block.backward(block.remember(before) if isinstance(before, Tensor) else before, dy)
         return loss
 
     def _head(self, h: Tensor, target: Tensor, dy: Tensor | None) -> float:

@@ -24,7 +24,7 @@ from llmq.models.load import SourceModel
 from llmq.plan import Matrix
 from llmq.qtensor import QTensor
 from llmq.report import Log, current_rss, duration, size
-from llmq.student import Block, Linear, Student, Vector
+from llmq.student import GRAPH_BYTES, Block, Linear, Student, Vector
 
 # Tokens of a piece of text. Longer windows are cut: more steps on the same text bring more than longer context does.
 PIECE = 512
@@ -96,6 +96,7 @@ def memory_needed(source: SourceModel, matrices: Sequence[Matrix], n_tokens: int
         + 6 * 4 * groups
         + 4 * max(vocabulary, 2 * VOCABULARY) * hidden
         + 6 * LOGITS_BYTES
+        + GRAPH_BYTES
         + 20 * weights // len(source.block_names)
         + 2 * n_tokens * hidden
         + 8 * TEACHER_BATCH * PIECE * hidden

@@ -16,7 +16,7 @@ from llmq.models.load import open_model
 from llmq.plan import make_plan
 from llmq.qtensor import expand_groups, group_sums
 from llmq.solvers import METHODS
-from llmq.student import Linear, Student, Vector
+from llmq.student import Block, Linear, Student, Vector
 
 CALIB = CalibConfig(calib="stdlib", nsamples=32, seqlen=48, tune_samples=40)
 SCHEME = QuantScheme(3, 32)
@@ -134,6 +134,20 @@ def test_a_norm_is_scaled_as_its_module_multiplies():
     torch.testing.assert_close(v.value(), v.start, rtol=0, atol=0)
     v.factor = torch.tensor([2.0, 0.5])
     torch.testing.assert_close(v.value(), torch.tensor([3.0, -0.5]))
+
+
+def test_blocks_that_are_run_again_give_the_same_gradient(learner, monkeypatch):
+    student, x, target, _ = learner
+    student.backward(x, target, slice(None))
+    kept = {item.name: item.factor.grad for item in student.learned}
+    monkeypatch.setattr("llmq.student.GRAPH_BYTES", 1)  # the first block's graph stays, that of no other
+    runs = []
+    monkeypatch.setattr(
+        Block, "run", lambda self, x, stored, run=Block.run: runs.append(0) or run(self, x, stored=stored)
+    )
+    student.backward(x, target, slice(None))
+    assert len(runs) == len(student.blocks) - 1
+    assert all(torch.equal(item.factor.grad, kept[item.name]) for item in student.learned)
 
 
 def test_gradients_in_bf16_point_the_same_way(learner, monkeypatch):
