@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmq.compat import API
 from llmq.config import cache_folder
 from llmq.dialects.source import Log, Other, Source
 from llmq.dialects.stored import FALLBACK, WAY_OUT, Stored, affine_stored, requantized
@@ -134,12 +135,12 @@ class _Reading:
         if tensor is None:
             return
         found = torch.from_numpy(np.array(tensor.data)).float()
-        rope = self.text.rope_parameters
+        rope = API.rope_parameters(self.text)
         for candidate in LLAMA3_ROPES:
             whole = {**candidate, "rope_theta": rope["rope_theta"]}
             divisors = llama3_divisors(whole, head_dim(self.text))
             if divisors.shape == found.shape and torch.allclose(divisors, found, rtol=1e-4):
-                self.text.rope_parameters = whole
+                API.set_rope_parameters(self.text, whole)
                 self.raw["rope_parameters"] = whole
                 return
         raise ValueError(f"{self.path}: rope_freqs.weight is no scaling that is known; take the model in safetensors")

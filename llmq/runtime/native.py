@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import kernels
+from llmq.compat import API
 from llmq.config import KVCacheConfig, one_of
 from llmq.models.families import FAMILIES, family_of
 from llmq.qtensor import QTensor
@@ -256,8 +257,7 @@ class _Parts:
         self.vocab_size, self.hidden_size = int(config.vocab_size), int(config.hidden_size)
         self.max_positions = min(int(getattr(config, "max_position_embeddings", None) or 2**31 - 1), 2**31 - 1)
         # Frequencies afresh: `model.to(dtype)` has rounded the module's own.
-        make_rotary: Any = type(self.decoder.rotary_emb)
-        self.rotary: Any = make_rotary(config=config)
+        self.ropes = API.ropes(self.decoder, config)
 
     def spec(self) -> Any:
         blocks: list[Any] = list(self.decoder.layers)
@@ -300,18 +300,14 @@ class _Parts:
         if kind not in LAYER_TYPES:
             raise Unsupported(f"layers of type {kind!r} are none of {', '.join(LAYER_TYPES)}")
         layer.window = int(self.config.sliding_window or 0) if kind == "sliding_attention" else 0
-        layer.rope = ropes.setdefault(kind if hasattr(self.rotary, f"{kind}_inv_freq") else "", len(ropes))
+        layer.rope = ropes.setdefault(kind if kind in self.ropes else "", len(ropes))
         return layer
 
     def _rope(self, kind: str) -> Any:
-        prefix = f"{kind}_" if kind else ""
-        types = self.rotary.rope_type
-        name = types[kind] if isinstance(types, dict) else types
-        if name not in ROPE_TYPES:
-            raise Unsupported(f"rope type {name!r} is none of {', '.join(ROPE_TYPES)}")
-        frequencies: Tensor = getattr(self.rotary, f"{prefix}inv_freq")
-        scaling = float(getattr(self.rotary, f"{prefix}attention_scaling"))
-        return core().Rope(inverse_frequency=frequencies.float().tolist(), scaling=scaling)
+        rope = self.ropes[kind]
+        if rope.type not in ROPE_TYPES:
+            raise Unsupported(f"rope type {rope.type!r} is none of {', '.join(ROPE_TYPES)}")
+        return core().Rope(inverse_frequency=rope.frequencies.tolist(), scaling=rope.scaling)
 
     def _keep(self, t: Tensor) -> int:
         t = t.detach().contiguous()
