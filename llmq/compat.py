@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import transformers
 from torch import Tensor, nn
-from transformers import PretrainedConfig, modeling_utils
+from transformers import DynamicCache, PretrainedConfig, modeling_utils
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,13 @@ class Version:
         checkpoint_files: from the arguments of a quantizer's hook before loading to the files that are to be loaded.
         casts_scales: whether the loader casts a quantized matrix's fp16 scales to the model's dtype.
         leave_untied: keeps the loader from tying the weights of a model, once its embedding or head holds integers.
+        tied_names: names of the parameters that a model with tied weights holds a second time.
         embedding_scale: what an embedding of a class of its own multiplies its rows by; None: not known.
+        scaled_embeddings: model types whose decoder, not its embedding, multiplies by the root of ``hidden_size``.
         rope_parameters: of a text config, as transformers 5 writes them.
         set_rope_parameters: puts them into a text config. ValueError where its class has no fields for them.
+        cache_layers: the layers of transformers' cache for a text config. ValueError for layers that keep other things than
+            keys and values where it would not tell them apart.
         ropes: from a decoder and its config to new rotary embeddings by layer type; one alone has the key "".
         head_renames: (regex, replacement) from stored names to module names, for architectures without a family row.
     """
@@ -42,9 +46,12 @@ class Version:
     checkpoint_files: Callable[[dict[str, Any]], tuple[str, ...]]
     casts_scales: bool
     leave_untied: Callable[[nn.Module], None]
+    tied_names: Callable[[Any], Iterable[str]]
     embedding_scale: Callable[[nn.Module], float | None]
+    scaled_embeddings: frozenset[str]
     rope_parameters: Callable[[Any], dict[str, Any]]
     set_rope_parameters: Callable[[Any, dict[str, Any]], None]
+    cache_layers: Callable[[Any], list[Any]]
     ropes: Callable[[Any, Any], dict[str, Rope]]
     head_renames: tuple[tuple[str, str], ...]
 
@@ -159,7 +166,10 @@ def _set_ropes(text: Any, parameters: dict[str, Any]) -> None:
     fields = {name: whole.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in whole}
     if "rope_theta" in local:
         fields["rope_local_base_freq"] = local["rope_theta"]
-    fields["rope_scaling"] = whole if whole.get("rope_type", "default") != "default" else None
+    if whole.get("rope_type", "default") != "default":
+        fields["rope_scaling"] = whole
+    elif hasattr(text, "rope_scaling"):
+        fields["rope_scaling"] = None
     unknown = [name for name in fields if not hasattr(text, name)]
     if layers or unknown or set(local) - {"rope_theta", "rope_type"} or local.get("rope_type", "default") != "default":
         raise ValueError(
@@ -172,11 +182,22 @@ def _set_ropes(text: Any, parameters: dict[str, Any]) -> None:
 
 
 def _rope_parameters(text: Any) -> dict[str, Any]:
-    whole = {"rope_type": "default", **(text.rope_scaling or {}), "rope_theta": text.rope_theta}
+    whole = {"rope_type": "default", **(getattr(text, "rope_scaling", None) or {}), "rope_theta": text.rope_theta}
     local = getattr(text, "rope_local_base_freq", None)
     if local is None:
         return whole
     return {"full_attention": whole, "sliding_attention": {"rope_type": "default", "rope_theta": local}}
+
+
+def _cache_layers(text: Any) -> list[Any]:
+    types = getattr(text, "layer_types", None) or ["full_attention"]
+    others = sorted(set(types) - {"full_attention", "sliding_attention", "chunked_attention"})
+    if others or not hasattr(text, "num_attention_heads"):
+        raise ValueError(
+            f"the model ({text.model_type}) has layers {', '.join(others) or 'without attention'}; a cache of keys and "
+            "values does not hold what they keep"
+        )
+    return DynamicCache(config=text).layers
 
 
 def _ropes_of_modules(decoder: Any, _config: Any) -> dict[str, Rope]:
@@ -193,9 +214,12 @@ VERSIONS = {
         checkpoint_files=_noted,
         casts_scales=True,
         leave_untied=_no_tying,
+        tied_names=lambda model: model._tied_weights_keys or (),
         embedding_scale=_scale_buffer,
+        scaled_embeddings=frozenset({"gemma2"}),
         rope_parameters=_rope_parameters,
         set_rope_parameters=_set_ropes,
+        cache_layers=_cache_layers,
         ropes=_ropes_of_modules,
         head_renames=(),
     ),
@@ -204,9 +228,12 @@ VERSIONS = {
         checkpoint_files=_handed_over,
         casts_scales=False,
         leave_untied=_no_tied_keys,
+        tied_names=lambda model: model.all_tied_weights_keys,
         embedding_scale=_scale_attribute,
+        scaled_embeddings=frozenset(),
         rope_parameters=lambda text: dict(text.rope_parameters),
         set_rope_parameters=lambda text, parameters: setattr(text, "rope_parameters", parameters),
+        cache_layers=lambda text: DynamicCache(config=text).layers,
         ropes=_ropes_of_one_module,
         head_renames=((r"^embed_out\.", "lm_head."),),
     ),

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from llmq.compat import API
 from llmq.models.gguf_header import BadHeader, check_header
 
 SHARD_SIZE = "500MB"
@@ -193,7 +194,7 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
     if model.config.tie_word_embeddings:
-        for copy_name in model.all_tied_weights_keys:
+        for copy_name in API.tied_names(model):
             state.pop(copy_name)
     save_torch_state_dict(state, folder, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
     for shard in folder.glob("*.safetensors"):

@@ -322,9 +322,12 @@ class _Parts:
 
     def _embedding(self, module: nn.Module) -> tuple[Any, float]:
         if isinstance(module, QEmbedding):
-            return self._matrix(module), float(module.get_buffer("output_scale"))
-        scale = getattr(module, "embed_scale", 1.0)
-        return self._matrix(module), float(scale)
+            scale = float(module.get_buffer("output_scale"))
+        else:
+            scale = float(getattr(module, "embed_scale", 1.0))
+        if self.config.model_type in API.scaled_embeddings:
+            scale *= float(torch.tensor(self.hidden_size**0.5, dtype=self.model.dtype))  # type: ignore[arg-type]
+        return self._matrix(module), scale
 
     def _linear(self, module: nn.Module) -> Any:
         """A matrix of a block, with its adapter."""
