@@ -36,8 +36,8 @@ class Version:
         scaled_embeddings: model types whose decoder, not its embedding, multiplies by the root of ``hidden_size``.
         rope_parameters: of a text config, as transformers 5 writes them.
         set_rope_parameters: puts them into a text config. ValueError where its class has no fields for them.
-        cache_layers: the layers of transformers' cache for a text config. ValueError for layers that keep other things than
-            keys and values where it would not tell them apart.
+        cache_layers: the layers of transformers' cache for a text config. ValueError for layers that keep other things
+            than keys and values where it would not tell them apart.
         ropes: from a decoder and its config to new rotary embeddings by layer type; one alone has the key "".
         head_renames: (regex, replacement) from stored names to module names, for architectures without a family row.
     """
