@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,6 @@ class Version:
         checkpoint_files: from the arguments of a quantizer's hook before loading to the files that are to be loaded.
         casts_scales: whether the loader casts a quantized matrix's fp16 scales to the model's dtype.
         leave_untied: keeps the loader from tying the weights of a model, once its embedding or head holds integers.
-        tied_names: names of the parameters that a model with tied weights holds a second time.
         embedding_scale: what an embedding of a class of its own multiplies its rows by; None: not known.
         scaled_embeddings: model types whose decoder, not its embedding, multiplies by the root of ``hidden_size``.
         rope_parameters: of a text config, as transformers 5 writes them.
@@ -39,6 +38,7 @@ class Version:
         cache_layers: the layers of transformers' cache for a text config. ValueError for layers that keep other things
             than keys and values where it would not tell them apart.
         ropes: from a decoder and its config to new rotary embeddings by layer type; one alone has the key "".
+        makes_gguf_tokenizers: whether the tokenizer that it makes of a GGUF file is the file's.
         head_renames: (regex, replacement) from stored names to module names, for architectures without a family row.
     """
 
@@ -46,13 +46,13 @@ class Version:
     checkpoint_files: Callable[[dict[str, Any]], tuple[str, ...]]
     casts_scales: bool
     leave_untied: Callable[[nn.Module], None]
-    tied_names: Callable[[Any], Iterable[str]]
     embedding_scale: Callable[[nn.Module], float | None]
     scaled_embeddings: frozenset[str]
     rope_parameters: Callable[[Any], dict[str, Any]]
     set_rope_parameters: Callable[[Any, dict[str, Any]], None]
     cache_layers: Callable[[Any], list[Any]]
     ropes: Callable[[Any, Any], dict[str, Rope]]
+    makes_gguf_tokenizers: bool
     head_renames: tuple[tuple[str, str], ...]
 
 
@@ -214,13 +214,13 @@ VERSIONS = {
         checkpoint_files=_noted,
         casts_scales=True,
         leave_untied=_no_tying,
-        tied_names=lambda model: model._tied_weights_keys or (),
         embedding_scale=_scale_buffer,
         scaled_embeddings=frozenset({"gemma2"}),
         rope_parameters=_rope_parameters,
         set_rope_parameters=_set_ropes,
         cache_layers=_cache_layers,
         ropes=_ropes_of_modules,
+        makes_gguf_tokenizers=False,
         head_renames=(),
     ),
     5: Version(
@@ -228,13 +228,13 @@ VERSIONS = {
         checkpoint_files=_handed_over,
         casts_scales=False,
         leave_untied=_no_tied_keys,
-        tied_names=lambda model: model.all_tied_weights_keys,
         embedding_scale=_scale_attribute,
         scaled_embeddings=frozenset(),
         rope_parameters=lambda text: dict(text.rope_parameters),
         set_rope_parameters=lambda text, parameters: setattr(text, "rope_parameters", parameters),
         cache_layers=lambda text: DynamicCache(config=text).layers,
         ropes=_ropes_of_one_module,
+        makes_gguf_tokenizers=True,
         head_renames=((r"^embed_out\.", "lm_head."),),
     ),
 }

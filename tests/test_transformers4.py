@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_gguf import write_gguf
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import llmq
@@ -68,13 +69,13 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin" / "python"
 
 
-def run(python: Path, *arguments: str | Path) -> str:
-    """The command's output in the other environment, which must succeed."""
+def run(python: Path, *arguments: str | Path, code: int = 0) -> str:
+    """The command's output in the other environment, which must end with ``code``."""
     found = os.pathsep.join([str(Path(llmq.__file__).parent.parent), str(ROOT / "tests")])
     env = {**os.environ, "PYTHONPATH": found, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([python, *arguments], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout
+    assert done.returncode == code, (done.stdout + done.stderr)[-4000:]
+    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
@@ -127,3 +128,12 @@ def test_a_folder_quantized_there_opens_here(tiny_model: Callable[..., Path], tm
     with torch.no_grad():
         torch.testing.assert_close(load_file(tmp_path / "found")[str(output)], model(IDS).logits, rtol=1e-4, atol=1e-4)
     assert model.generate(IDS, max_new_tokens=4).shape == (1, IDS.shape[1] + 4)
+
+
+def test_gguf_files_are_refused_there(tmp_path: Path, python: Path) -> None:
+    path, _ = write_gguf(tmp_path / "x.gguf")
+    options = ("--model", path, "--output", tmp_path / "q")
+    said = run(python, "-m", "llmq.quantize", *options, code=2)
+    assert "transformers 4.57.6 makes wrong tokenizers of GGUF files" in said
+    assert "install transformers 5, or take the model in safetensors" in said
+    assert not (tmp_path / "q").exists()

@@ -27,7 +27,7 @@ from llmq.formats import Inexact
 from llmq.formats import gguf as blocks
 from llmq.formats.affine import Affine
 from llmq.models.families import family_of
-from llmq.models.gguf import check_file, damaged, one_reader
+from llmq.models.gguf import check_file, check_version, damaged, one_reader
 from llmq.models.gguf_export import GGUF_FAMILIES, halves_order, head_dim, heads_to_permute, llama3_divisors
 from llmq.models.load import check_depth, embedding_names, empty_model, load_config
 from llmq.models.reader import read_json
@@ -234,6 +234,7 @@ def _files(path: Path, has_tokenizer: bool, log: Log) -> Path:
     folder = cache_folder() / "gguf" / f"{path.stem}-{key}-files"
     if folder.is_dir():
         return folder
+    check_version(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     log(f"reading config and tokenizer of {path.name}")
     where = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}
