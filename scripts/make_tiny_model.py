@@ -31,7 +31,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
-    PreTrainedConfig,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -57,7 +57,7 @@ _GEMMA: dict[str, Any] = {**_ODD, "hidden_size": 80, "head_dim": 24, "query_pre_
 _SLIDING = ["sliding_attention", "full_attention"]
 
 
-def _gemma3_multimodal() -> PreTrainedConfig:
+def _gemma3_multimodal() -> PretrainedConfig:
     vision = {
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -72,7 +72,7 @@ def _gemma3_multimodal() -> PreTrainedConfig:
 
 
 # family -> (config, tied by the family's habit, tokenizer begins with BOS). gpt_neox has no family row on purpose.
-FAMILIES: dict[str, tuple[Callable[[], PreTrainedConfig], bool, bool]] = {
+FAMILIES: dict[str, tuple[Callable[[], PretrainedConfig], bool, bool]] = {
     "llama": (lambda: LlamaConfig(**_ODD), False, True),
     "mistral": (lambda: MistralConfig(**_ODD, sliding_window=8), False, True),
     "qwen2": (lambda: Qwen2Config(**_ODD), True, False),
@@ -106,7 +106,7 @@ _LLAMA3_ROPE = _rope(
 )
 
 # Name of a published model -> its config. All of them tie embedding and head.
-SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
+SHAPES: dict[str, Callable[[], PretrainedConfig]] = {
     "gemma-3-1b": lambda: _gemma3_shape(hidden_size=1152, intermediate_size=6912, num_hidden_layers=26),
     "gemma-3-270m": lambda: _gemma3_shape(
         hidden_size=640, intermediate_size=2048, num_hidden_layers=18

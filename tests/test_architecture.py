@@ -23,7 +23,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A file may import modules of its own layer and of the layers before it. The longest prefix decides.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("llmq.config", "llmq.parallel", "llmq.products", "llmq.qtensor", "llmq.packing", "llmq.models.families"),
+    (
+        "llmq.compat",
+        "llmq.config",
+        "llmq.parallel",
+        "llmq.products",
+        "llmq.qtensor",
+        "llmq.packing",
+        "llmq.models.families",
+    ),
     ("llmq.kernels.reference", "llmq.solvers", "llmq.formats", "llmq.calibration", "llmq.kv_quant"),
     ("llmq.kernels", "llmq._core", "llmq.models", "llmq.checkpoint", "llmq.dialects"),
     (

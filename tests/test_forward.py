@@ -221,7 +221,8 @@ def test_hooks_and_training_run_the_graph(model, said):
     with torch.enable_grad():
         model.train()
         try:
-            assert isinstance(model(tokens(1, 5)).past_key_values, DynamicCache)
+            # None in transformers 4
+            assert not isinstance(model(tokens(1, 5)).past_key_values, NativeCache)
         finally:
             model.eval()
         assert isinstance(model(tokens(1, 5)).past_key_values, NativeCache)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmq.compat import API
 from llmq.config import cache_folder
 from llmq.dialects.source import Log, Other, Source
 from llmq.dialects.stored import FALLBACK, WAY_OUT, Stored, affine_stored, requantized
@@ -26,7 +27,7 @@ from llmq.formats import Inexact
 from llmq.formats import gguf as blocks
 from llmq.formats.affine import Affine
 from llmq.models.families import family_of
-from llmq.models.gguf import check_file, damaged, one_reader
+from llmq.models.gguf import check_file, check_version, damaged, one_reader
 from llmq.models.gguf_export import GGUF_FAMILIES, halves_order, head_dim, heads_to_permute, llama3_divisors
 from llmq.models.load import check_depth, embedding_names, empty_model, load_config
 from llmq.models.reader import read_json
@@ -134,12 +135,12 @@ class _Reading:
         if tensor is None:
             return
         found = torch.from_numpy(np.array(tensor.data)).float()
-        rope = self.text.rope_parameters
+        rope = API.rope_parameters(self.text)
         for candidate in LLAMA3_ROPES:
             whole = {**candidate, "rope_theta": rope["rope_theta"]}
             divisors = llama3_divisors(whole, head_dim(self.text))
             if divisors.shape == found.shape and torch.allclose(divisors, found, rtol=1e-4):
-                self.text.rope_parameters = whole
+                API.set_rope_parameters(self.text, whole)
                 self.raw["rope_parameters"] = whole
                 return
         raise ValueError(f"{self.path}: rope_freqs.weight is no scaling that is known; take the model in safetensors")
@@ -233,6 +234,7 @@ def _files(path: Path, has_tokenizer: bool, log: Log) -> Path:
     folder = cache_folder() / "gguf" / f"{path.stem}-{key}-files"
     if folder.is_dir():
         return folder
+    check_version(path)
     folder.parent.mkdir(parents=True, exist_ok=True)
     log(f"reading config and tokenizer of {path.name}")
     where = {"gguf_file": path.name, "local_files_only": True, "trust_remote_code": False}

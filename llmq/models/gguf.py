@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
+from llmq.compat import API
 from llmq.models.gguf_header import BadHeader, check_header
 
 SHARD_SIZE = "500MB"
@@ -38,6 +40,7 @@ def expand_gguf(path: Path, folder: Path) -> Path:
     """
     path, folder = Path(path), Path(folder)
     check_file(path)
+    check_version(path)
     with one_reader():
         try:
             reader = _reader(path)
@@ -70,6 +73,7 @@ def expand_apart(path: Path, folder: Path) -> Path:
         FileNotFoundError, ValueError: as :func:`expand_gguf`; also if the process dies.
     """
     check_magic(path)
+    check_version(path)
     root = str(Path(__file__).resolve().parents[2])
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     command = [sys.executable, "-c", "from llmq.models.gguf import main; main()", str(path), str(folder)]
@@ -90,6 +94,16 @@ def check_magic(path: Path) -> None:
         magic = file.read(4)
     if magic != b"GGUF":
         raise ValueError(f"{path} begins with {magic!r}, a GGUF file with {b'GGUF'!r}: it is something else or damaged")
+
+
+def check_version(path: Path) -> None:
+    """Raise ValueError where the installed transformers cannot make config and tokenizer of ``path``."""
+    if not API.makes_gguf_tokenizers:
+        raise ValueError(
+            f"{path}: transformers {transformers.__version__} makes wrong tokenizers of GGUF files (Gemma 3's "
+            "gives twice as many tokens); install transformers 5, or take the model in safetensors. A folder that was "
+            "expanded or quantized with transformers 5 opens with both"
+        )
 
 
 def check_file(path: Path) -> None:

@@ -17,6 +17,7 @@ import gguf
 import torch
 from torch import Tensor
 
+from llmq.compat import API
 from llmq.config import one_of
 from llmq.models.load import SourceModel, open_model
 
@@ -124,7 +125,7 @@ def head_dim(config: Any) -> int:
 
 def rope_of(config: Any) -> dict[str, Any]:
     """Rope parameters of the layers with full attention."""
-    rope: dict[str, Any] = config.rope_parameters
+    rope = API.rope_parameters(config)
     full: dict[str, Any] = rope.get("full_attention", rope)
     return full
 

@@ -17,14 +17,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from llmq.compat import API
 from llmq.models.families import FAMILIES, ModelFamily, family_of
 from llmq.models.reader import WeightReader, read_json
 
 __all__ = ["GenericFamily", "SourceModel", "WeightReader", "materialize", "open_model"]
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# Stored names that transformers changed since; for architectures without a row, whose rows would say it.
-GENERIC_RENAMES = ((r"^embed_out\.", "lm_head."),)
 # Where config.json gives no context length the model has no limit of its own.
 UNLIMITED = 2**31 - 1
 
@@ -131,7 +130,7 @@ def open_model(folder: Path) -> SourceModel:
     _refuse_quantized(folder, raw)
     config = load_config(folder, raw)
     family = family_of(config.model_type)
-    reader = WeightReader(folder, renames=family.key_renames if family else GENERIC_RENAMES)
+    reader = WeightReader(folder, renames=family.key_renames if family else API.head_renames)
     model = empty_model(config)
     family = family or discover_family(model, config.model_type)
     embed, head = embedding_names(model, folder)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -61,15 +61,18 @@ class WeightReader:
     Args:
         folder: the model's folder.
         renames: (regex, replacement) applied in order to each stored name; all methods speak of the new names.
+        files: safetensors files to read instead of those that the folder's names and index say.
 
     Raises:
         FileNotFoundError: no weights in the folder.
         ValueError: a header, an index or an offset that does not hold; only pickled weights; names that collide.
     """
 
-    def __init__(self, folder: Path, *, renames: tuple[tuple[str, str], ...] = ()) -> None:
+    def __init__(
+        self, folder: Path, *, renames: tuple[tuple[str, str], ...] = (), files: Iterable[str | Path] = ()
+    ) -> None:
         self.folder = Path(folder)
-        self._renames = renames
+        self._renames, self._files = renames, tuple(map(Path, files))
         self._ties: dict[str, str] = {}
         self._entries = self._scan()
 
@@ -159,7 +162,9 @@ class WeightReader:
 
     def _scan(self) -> dict[str, TensorEntry]:
         single, index = self.folder / SINGLE_FILE, self.folder / INDEX_FILE
-        if single.is_file():  # transformers' order: the single file wins
+        if self._files:
+            stored = {name: entry for file in self._files for name, entry in read_header(file).items()}
+        elif single.is_file():  # transformers' order: the single file wins
             stored = read_header(single)
         elif index.is_file():
             stored = _read_shards(index)

@@ -123,7 +123,7 @@ def expanded(path: Path, inexact: str) -> Path:
 def _is_foreign(name: Any, hub: dict[str, Any]) -> bool:
     """Whether a config.json is that of a foreign dialect; other methods, and its absence, are left to transformers."""
     try:
-        raw, _ = transformers.PreTrainedConfig.get_config_dict(name, **hub)
+        raw, _ = transformers.PretrainedConfig.get_config_dict(name, **hub)
         found = quantization_block(raw)
     except (ValueError, OSError):
         return False

@@ -94,9 +94,9 @@ class NativeCache(Cache):
 
     get_max_cache_shape = get_max_length  # its name in older transformers
 
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002
+    def get_mask_sizes(self, query_length: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:  # noqa: ARG002
         """(columns that a query sees, offset of the first)."""
-        return self.get_seq_length() + query_length, 0
+        return self.get_seq_length() + queries(query_length), 0
 
     def update(self, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """The Hugging Face graph cannot store into this cache: raises TypeError."""
@@ -192,6 +192,11 @@ class NativeCache(Cache):
         made.__dict__.update({k: copy.copy(v) for k, v in self.__dict__.items()})
         made.sequences = [sequence.copy() for sequence in self.sequences]
         return made
+
+
+def queries(query_length: int | Tensor) -> int:
+    """Columns of a step: transformers 4 and 5.0 tell a cache their positions, later ones how many there are."""
+    return query_length if isinstance(query_length, int) else query_length.shape[0]
 
 
 def shown_columns(attention_mask: Any, past: Tensor, rows: int, columns: int) -> Tensor:

@@ -181,6 +181,8 @@ class NativeCausalLM(AdapterMethods):
             reason = f"prompt lookup of {input_ids.shape[0]} rows"
         run = self._native_run(input_ids, reason, **arguments)
         if run is None:
+            if isinstance(arguments.get("past_key_values"), QuantizedKVCache):
+                arguments["past_key_values"].activate_past_recording()  # transformers 4 does not
             return super()._assisted_decoding(input_ids, **arguments)  # type: ignore[misc]
         return run.generate(generation.look_up)
 

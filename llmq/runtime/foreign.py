@@ -18,6 +18,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmq.checkpoint import quantization_config
+from llmq.compat import API
 from llmq.dialects import QuantizedFolder, open_quantized
 from llmq.runtime import packed_cache
 from llmq.runtime.hf import LlmqConfig, LlmqQuantizer, leave_unread, replace_matrices, untie
@@ -49,7 +50,7 @@ class ForeignQuantizer(LlmqQuantizer):
         return all(m.order is None for m in self._folder.matrices.values())
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        self._files = tuple(map(str, kwargs.get("checkpoint_files") or ()))
+        self._files = API.checkpoint_files(kwargs)
         if not self._files:
             raise ValueError("a quantized folder of another tool needs its files; none came with the config")
         for file in filter(os.path.isdir, self._files):

@@ -7,17 +7,27 @@ package could prevent that, so the model card of every folder says it.
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmq.checkpoint import QUANT_METHOD, check_files, matrix_layout, parse_quantization_config
+from llmq.checkpoint import (
+    QUANT_METHOD,
+    check_files,
+    matrix_from_tensors,
+    matrix_layout,
+    parse_quantization_config,
+)
+from llmq.compat import API
 from llmq.config import QuantScheme
 from llmq.kernels import PackedWeight
+from llmq.models.reader import WeightReader
 from llmq.runtime import packed_cache
 from llmq.runtime.causal_lm import adopt
 from llmq.runtime.qlinear import QEmbedding, QLinear, QuantizedMatrix, TiedHead
@@ -70,25 +80,38 @@ class LlmqQuantizer(HfQuantizer):
             return None
         return super().get_new_dtype(converter, param, dtype)
 
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:  # noqa: ARG002
+        """Refuse folders that lack a weight. Only transformers 4 asks; it names some modules otherwise than 5 does."""
+        patterns: Any = model._keys_to_ignore_on_load_missing or ()
+        missing = [name for name in missing_keys if not any(re.search(p, name) for p in patterns)]
+        if missing:
+            raise ValueError(
+                f"{getattr(model, 'name_or_path', 'the checkpoint')} lacks {len(missing)} weights that "
+                f"{type(model).__name__} has in transformers {transformers.__version__}, among them "
+                f"{', '.join(missing[:3])}; a folder that another major version has written may need that one"
+            )
+        return missing_keys
+
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         block = self.quantization_config.to_dict()
         where = str(getattr(model, "name_or_path", "") or "checkpoint")
         schemes, tied = parse_quantization_config(block, where)
         activation_bits = int(block.get("activation_bits", 8))
         replace_matrices(model, schemes, tied, activation_bits, where)
-        self._files = tuple(kwargs.get("checkpoint_files") or ())
+        self._files = API.checkpoint_files(kwargs)
         if self._files:
             check_files(self._files, _expected(model, schemes), where)
             self._packed = packed_cache.load(self._files, _matrices(model))
-        if self._packed:
+        if self._packed or (self._files and API.casts_scales):
             # Without buffers the modules ask for no tensors, and those in the files are left unread.
             for module in _matrices(model).values():
                 module.drop_buffers()
             leave_unread(model, {f"{name}.{key}" for name in schemes for key in ("qweight", "scales", "zeros")})
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:
-        dtype = model.dtype
+        dtype, config = model.dtype, model.config
         assert isinstance(dtype, torch.dtype)
+        config.quantization_config = self.quantization_config  # type: ignore[union-attr]  # transformers 4 does not
         matrices = _matrices(model)
         for name, module in matrices.items():
             if name in self._packed:
@@ -105,6 +128,10 @@ class LlmqQuantizer(HfQuantizer):
 
     def _fill(self, name: str, module: QuantizedMatrix) -> None:
         """Give a module its matrix where transformers did not fill its buffers."""
+        if self._files and API.casts_scales:
+            reader = WeightReader(Path(self._files[0]).parent, files=self._files)
+            tensors = {key: reader.tensor(f"{name}.{key}") for key in matrix_layout(module.n, module.k, module.scheme)}
+            module.set_qtensor(matrix_from_tensors(tensors, module.n, module.k, module.scheme, name))
 
 
 def replace_matrices(
@@ -127,7 +154,7 @@ def replace_matrices(
 
 def untie(model: nn.Module) -> None:
     """Leave nothing for transformers to tie."""
-    model.__dict__.update(_tied_weights_keys=None, all_tied_weights_keys={})
+    API.leave_untied(model)
 
 
 def leave_unread(model: nn.Module, names: set[str]) -> None:
@@ -171,8 +198,7 @@ def embedding_scale(module: nn.Module) -> float | None:
     """The factor an embedding module multiplies its rows by; None when the module is of a kind we do not know."""
     if type(module) is nn.Embedding:
         return 1.0
-    scale = getattr(module, "scalar_embed_scale", None)
-    return float(scale) if isinstance(scale, float | int) else None
+    return API.embedding_scale(module)
 
 
 def _quantized_twin(module: nn.Module, scheme: QuantScheme, activation_bits: int, name: str) -> QuantizedMatrix:
@@ -206,6 +232,7 @@ def _expected(
 
 def register() -> None:
     """Make ``quant_method: "llmq"`` known to transformers. Safe to call again."""
+    API.register()
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(QUANT_METHOD)(LlmqConfig)
         register_quantizer(QUANT_METHOD)(LlmqQuantizer)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq import kernels
+from llmq.compat import API
 from llmq.models.families import FAMILIES, family_of
 from llmq.qtensor import QTensor
 from llmq.runtime.adapters import LowRank, adapter_of
@@ -94,8 +95,7 @@ class Parts:
         self.vocab_size, self.hidden_size = int(config.vocab_size), int(config.hidden_size)
         self.max_positions = min(int(getattr(config, "max_position_embeddings", None) or 2**31 - 1), 2**31 - 1)
         # Frequencies afresh: `model.to(dtype)` has rounded the module's own.
-        make_rotary: Any = type(self.decoder.rotary_emb)
-        self.rotary: Any = make_rotary(config=config)
+        self.ropes = API.ropes(self.decoder, config)
 
     def spec(self) -> Any:
         """The compiled module's DecoderSpec. Raises Unsupported for what the decoder does not have."""
@@ -144,18 +144,14 @@ class Parts:
         if kind not in LAYER_TYPES:
             raise Unsupported(f"layers of type {kind!r} are none of {', '.join(LAYER_TYPES)}")
         layer.window = int(self.config.sliding_window or 0) if kind == "sliding_attention" else 0
-        layer.rope = ropes.setdefault(kind if hasattr(self.rotary, f"{kind}_inv_freq") else "", len(ropes))
+        layer.rope = ropes.setdefault(kind if kind in self.ropes else "", len(ropes))
         return layer
 
     def _rope(self, kind: str) -> Any:
-        prefix = f"{kind}_" if kind else ""
-        types = self.rotary.rope_type
-        name = types[kind] if isinstance(types, dict) else types
-        if name not in ROPE_TYPES:
-            raise Unsupported(f"rope type {name!r} is none of {', '.join(ROPE_TYPES)}")
-        frequencies: Tensor = getattr(self.rotary, f"{prefix}inv_freq")
-        scaling = float(getattr(self.rotary, f"{prefix}attention_scaling"))
-        return core().Rope(inverse_frequency=frequencies.float().tolist(), scaling=scaling)
+        rope = self.ropes[kind]
+        if rope.type not in ROPE_TYPES:
+            raise Unsupported(f"rope type {rope.type!r} is none of {', '.join(ROPE_TYPES)}")
+        return core().Rope(inverse_frequency=rope.frequencies.tolist(), scaling=rope.scaling)
 
     def _keep(self, t: Tensor) -> int:
         t = t.detach().contiguous()
@@ -182,9 +178,12 @@ class Parts:
 
     def _embedding(self, module: nn.Module) -> tuple[Any, float]:
         if isinstance(module, QEmbedding):
-            return self._matrix(module), float(module.get_buffer("output_scale"))
-        scale = getattr(module, "embed_scale", 1.0)
-        return self._matrix(module), float(scale)
+            scale = float(module.get_buffer("output_scale"))
+        else:
+            scale = float(getattr(module, "embed_scale", 1.0))
+        if self.config.model_type in API.scaled_embeddings:
+            scale *= float(torch.tensor(self.hidden_size**0.5, dtype=self.model.dtype))  # type: ignore[arg-type]
+        return self._matrix(module), scale
 
     def _linear(self, module: nn.Module) -> Any:
         """A matrix of a block, with its adapter."""

@@ -136,7 +136,8 @@ class QEmbedding(QuantizedMatrix):
     def __init__(self, num_embeddings: int, embedding_dim: int, scheme: QuantScheme, *, scale: float = 1.0) -> None:
         super().__init__(num_embeddings, embedding_dim, scheme)
         self.num_embeddings, self.embedding_dim, self.scale = num_embeddings, embedding_dim, scale
-        self.register_buffer("output_scale", torch.tensor(scale), persistent=False)
+        # Not on the meta device, which no module can be moved away from: transformers 4 moves all of them.
+        self.register_buffer("output_scale", torch.tensor(scale, device="cpu"), persistent=False)
 
     def reset_output_scale(self, dtype: torch.dtype) -> None:
         """(Re)make the buffer; a loader that starts on the meta device loses its value."""

@@ -14,11 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from llmq.compat import API
 from llmq.config import KVCacheConfig
 from llmq.kv_quant import GROUP
+from llmq.runtime.cache import queries
 from llmq.runtime.token_store import Storage, TokenStore
 
 
@@ -121,7 +123,7 @@ class QuantizedLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """(keys that ``update`` will return for so many queries, position of the first)."""
-        n = query_length if isinstance(query_length, int) else query_length.shape[0]  # positions in transformers 5.0
+        n = queries(query_length)
         past = self.cumulative_length
         seen = past if self.sliding_window is None else min(past, self.sliding_window - 1)
         return seen + n, past - seen
@@ -180,7 +182,7 @@ class QuantizedKVCache(Cache):
     def __init__(self, config: KVCacheConfig | str, model_config: Any) -> None:
         self.config = KVCacheConfig.parse(config) if isinstance(config, str) else config
         text = model_config.get_text_config(decoder=True)
-        layers: list[Any] = DynamicCache(config=text).layers
+        layers = API.cache_layers(text)
         _check_layers(self.config, layers)
         for i, own in enumerate(layers):
             if isinstance(own, DynamicLayer):  # others hold no keys and stay transformers' own
@@ -226,6 +228,12 @@ class QuantizedKVCache(Cache):
         self._check(key_states, value_states, layer_idx)
         states: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return states
+
+    def activate_past_recording(self) -> None:
+        """Keep in every layer what its window passes until the next ``crop``. transformers 5 calls it."""
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
 
     def _check(self, keys: Tensor, values: Tensor, index: int) -> None:
         if index >= len(self.layers):
