@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, modeling_utils
+from transformers import DynamicCache, PretrainedConfig, PreTrainedTokenizerFast, modeling_utils
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,9 @@ def _scale_buffer(module: nn.Module) -> float | None:
 def _prepare() -> None:
     _note_files()
     _adapt_configs()
+    # The name that transformers 5 writes into tokenizer_config.json.
+    package: Any = transformers
+    package.TokenizersBackend = PreTrainedTokenizerFast
 
 
 def _adapt_configs() -> None:
