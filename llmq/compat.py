@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, modeling_utils
+from transformers import DynamicCache, PretrainedConfig, PreTrainedTokenizerFast, modeling_utils
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,6 @@ _found = threading.local()
 def _note_files() -> None:
     """transformers 4 tells its quantizers nothing of the files, so they are noted where it finds them."""
     find = modeling_utils._get_resolved_checkpoint_files
-    if hasattr(find, "__wrapped__"):
-        return
 
     @functools.wraps(find)
     def noted(*args: Any, **kwargs: Any) -> Any:
@@ -123,9 +121,13 @@ def _scale_buffer(module: nn.Module) -> float | None:
     return float(scale) if isinstance(scale, Tensor | float | int) else None
 
 
+@functools.cache  # once
 def _prepare() -> None:
     _note_files()
     _adapt_configs()
+    # The name that transformers 5 writes into tokenizer_config.json.
+    package: Any = transformers
+    package.TokenizersBackend = PreTrainedTokenizerFast
 
 
 def _adapt_configs() -> None:
@@ -135,8 +137,6 @@ def _adapt_configs() -> None:
     """
     base: Any = PretrainedConfig
     read = base.from_dict.__func__
-    if hasattr(read, "__wrapped__"):
-        return
 
     @functools.wraps(read)
     def adapted(cls: Any, *args: Any, **kwargs: Any) -> Any:

@@ -14,7 +14,7 @@ from llmq.compat import API
 from llmq.models import gguf
 from llmq.models.load import open_model
 
-needs_tokenizers = pytest.mark.skipif(not API.makes_gguf_tokenizers, reason="transformers 4 makes wrong tokenizers")
+pytestmark = pytest.mark.skipif(not API.makes_gguf_tokenizers, reason="transformers 4 makes wrong tokenizers")
 
 
 def write_gguf(path: Path, *, bos: bool = True, split: int = 0, arch: str = "llama") -> tuple[Path, torch.Tensor]:
@@ -58,7 +58,6 @@ def write_gguf(path: Path, *, bos: bool = True, split: int = 0, arch: str = "lla
     return path, embedding
 
 
-@needs_tokenizers
 def test_expansion_is_an_ordinary_model(tmp_path: Path) -> None:
     path, embedding = write_gguf(tmp_path / "x.gguf", bos=False)
     folder = gguf.expand_gguf(path, tmp_path / "out")
@@ -77,7 +76,6 @@ def test_expansion_is_an_ordinary_model(tmp_path: Path) -> None:
     assert (folder / "generation_config.json").is_file()
 
 
-@needs_tokenizers
 @pytest.mark.parametrize("bos", [True, False])
 def test_tokenizer_keeps_the_bos_of_the_file(tmp_path: Path, bos: bool) -> None:
     path, _ = write_gguf(tmp_path / "x.gguf", bos=bos)
@@ -85,7 +83,6 @@ def test_tokenizer_keeps_the_bos_of_the_file(tmp_path: Path, bos: bool) -> None:
     assert (tokenizer("x").input_ids[0] == tokenizer.bos_token_id == 1) is bos
 
 
-@needs_tokenizers
 def test_tokenizer_that_loses_bos_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = write_gguf(tmp_path / "x.gguf", bos=True)
     load = gguf._load

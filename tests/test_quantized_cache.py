@@ -202,10 +202,12 @@ def test_prompt_lookup_crops_the_cache(family: str, bits: str, load: Load) -> No
     greedy = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": 1 << 20}
     cache.activate_past_recording()
     out = model.generate(ids, past_key_values=cache, prompt_lookup_num_tokens=4, **greedy)
-    assert out.shape == (1, 44)
-    assert cache.get_seq_length() == 43
+    columns = out.shape[1]
+    # transformers 4 also keeps guesses beyond max_new_tokens, with caches of its own, too.
+    assert 44 <= columns <= (48 if API is VERSIONS[4] else 44)
+    assert cache.get_seq_length() == columns - 1
     if bits == "16":
-        assert torch.equal(out, model.generate(ids, **greedy))
+        assert torch.equal(out[:, :44], model.generate(ids, **greedy))
 
 
 def test_a_chat_continues_from_the_cache(load: Load) -> None:

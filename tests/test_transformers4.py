@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_gguf import write_gguf
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import llmq
 from llmq import CalibConfig, QuantScheme, quantize_model
@@ -37,19 +37,28 @@ pytestmark = [
     pytest.mark.skipif(API is VERSIONS[4], reason="this is transformers 4 already"),
 ]
 
-# Logits of every folder into one file.
-LOGITS = """
+TEXT = "naïve  words\n<bos> 12"
+# Logits and token ids of every folder into one file.
+LOGITS = (
+    f"TEXT = {TEXT!r}"
+    + """
 import sys, torch, transformers, llmq
 from safetensors.torch import load_file, save_file
 assert transformers.__version__.startswith("4."), transformers.__version__
 ids = torch.arange(3, 40)[None]
-with torch.no_grad():
-    found = {
-        folder: transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
-        for folder in sys.argv[2:]
-    }
+found = {}
+for folder in sys.argv[2:]:
+    with torch.no_grad():
+        found[folder] = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids).logits
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    found[folder + " tokens"] = torch.tensor(tokenizer(TEXT).input_ids)
 save_file(found, sys.argv[1])
 """
+)
+
+
+def packages_of(environment: Path) -> Path:
+    return next(environment.glob("lib/python*/site-packages"))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +66,7 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Python of an environment that sees this one's packages behind those of PINS."""
     folder = tmp_path_factory.mktemp("transformers4") / "env"
     venv.create(folder, with_pip=False)
-    packages = next(folder.glob("lib/python*/site-packages"))
+    packages = packages_of(folder)
     (packages / "outer.pth").write_text("\n".join([*site.getsitepackages(), site.getusersitepackages()]) + "\n")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", "--no-compile")
     got = subprocess.run(
@@ -71,8 +80,9 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(python: Path, *arguments: str | Path, code: int = 0) -> str:
     """The command's output in the other environment, which must end with ``code``."""
-    found = os.pathsep.join([str(Path(llmq.__file__).parent.parent), str(ROOT / "tests")])
-    env = {**os.environ, "PYTHONPATH": found, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # Where llmq is installed, transformers 5 lies beside it.
+    path = [packages_of(python.parent.parent), Path(llmq.__file__).parent.parent, ROOT / "tests"]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([python, *arguments], env=env, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == code, (done.stdout + done.stderr)[-4000:]
     return done.stdout + done.stderr
@@ -103,6 +113,7 @@ def test_folders_of_transformers_5_are_the_same_model(
     rope["original_max_position_embeddings"] = 16
     config = LlamaConfig(hidden_size=48, max_position_embeddings=64, rope_parameters=rope, **sizes)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "llama3")
+    AutoTokenizer.from_pretrained(tiny_model("llama")).save_pretrained(tmp_path / "llama3")
     quantized = [tiny_model(family) for family in ("gemma2", "gemma3", "mistral")]
     folders = [tmp_path / "llama3", *quantized, tiny_model("gemma3-multimodal"), tiny_model("gpt_neox")]
     calib = CalibConfig("stdlib", nsamples=1, seqlen=16)
@@ -115,6 +126,7 @@ def test_folders_of_transformers_5_are_the_same_model(
     for folder in folders:
         with torch.no_grad():
             expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(IDS).logits
+        assert found[f"{folder} tokens"].tolist() == AutoTokenizer.from_pretrained(folder)(TEXT).input_ids
         assert (found[str(folder)] - expected).abs().max() < 1e-4 * expected.abs().max(), folder
 
 

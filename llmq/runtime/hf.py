@@ -6,6 +6,7 @@ package could prevent that, so the model card of every folder says it.
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -126,11 +127,15 @@ class LlmqQuantizer(HfQuantizer):
         _let_go_of_files(model)
         return adopt(model)
 
+    @functools.cached_property
+    def _reader(self) -> WeightReader:
+        return WeightReader(Path(self._files[0]).parent, files=self._files)
+
     def _fill(self, name: str, module: QuantizedMatrix) -> None:
         """Give a module its matrix where transformers did not fill its buffers."""
         if self._files and API.casts_scales:
-            reader = WeightReader(Path(self._files[0]).parent, files=self._files)
-            tensors = {key: reader.tensor(f"{name}.{key}") for key in matrix_layout(module.n, module.k, module.scheme)}
+            layout = matrix_layout(module.n, module.k, module.scheme)
+            tensors = {key: self._reader.tensor(f"{name}.{key}") for key in layout}
             module.set_qtensor(matrix_from_tensors(tensors, module.n, module.k, module.scheme, name))
 
 
