@@ -69,6 +69,6 @@ def test_ropes_without_fields_in_4_are_refused(config: dict[str, Any], parameter
 
 
 def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transformers, "__version__", "6.1.0")
+    monkeypatch.setattr(compat.transformers, "__version__", "6.1.0")
     with pytest.raises(ImportError, match=r"transformers 6.1.0 is installed; llmq works with 4 and 5"):
         compat._installed()
