@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedTokenizerFast, modeling_utils
+from transformers import AutoTokenizer, DynamicCache, PretrainedConfig, PreTrainedTokenizerFast, modeling_utils
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,19 @@ def _scale_buffer(module: nn.Module) -> float | None:
     return float(scale) if isinstance(scale, Tensor | float | int) else None
 
 
+class TokenizersBackend(PreTrainedTokenizerFast):
+    """The name that transformers 5 writes into tokenizer_config.json for a class of transformers 4."""
+
+
+class _NoModelConfig(PretrainedConfig):
+    """AutoTokenizer finds a class by its name among those that are registered with a config."""
+
+
 @functools.cache  # once
 def _prepare() -> None:
     _note_files()
     _adapt_configs()
-    # The name that transformers 5 writes into tokenizer_config.json.
-    package: Any = transformers
-    package.TokenizersBackend = PreTrainedTokenizerFast
+    AutoTokenizer.register(_NoModelConfig, fast_tokenizer_class=TokenizersBackend)
 
 
 def _adapt_configs() -> None:
