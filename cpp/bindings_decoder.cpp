@@ -42,12 +42,12 @@ void bind_matrix(py::module_& m) {
           py::kw_only(), "a"_a, "b"_a, "rank"_a, "type"_a, "scale"_a, "a [rank, k], b [rank, n]; type as of dense");
 }
 
-// A pointer to floats that Python sets as an address.
-template <class Owner>
-void vector_field(py::class_<Owner>& owner, const char* name, const float* Owner::* field) {
+// A pointer to numbers that Python sets as an address.
+template <class Owner, class T>
+void vector_field(py::class_<Owner>& owner, const char* name, const T* Owner::* field) {
   owner.def_property(
       name, [field](const Owner& o) { return reinterpret_cast<Address>(o.*field); },
-      [field](Owner& o, Address address) { o.*field = at<const float>(address); });
+      [field](Owner& o, Address address) { o.*field = at<const T>(address); });
 }
 
 void bind_spec(py::module_& m) {
@@ -70,6 +70,10 @@ void bind_spec(py::module_& m) {
   vector_field(layer, "ffn_post_norm", &DecoderLayer::ffn_post_norm);
   vector_field(layer, "q_norm", &DecoderLayer::q_norm);
   vector_field(layer, "k_norm", &DecoderLayer::k_norm);
+  vector_field(layer, "qkv_order", &DecoderLayer::qkv_order);
+  vector_field(layer, "o_order", &DecoderLayer::o_order);
+  vector_field(layer, "ffn_order", &DecoderLayer::ffn_order);
+  vector_field(layer, "down_order", &DecoderLayer::down_order);
 
   py::class_<DecoderSpec> spec(m, "DecoderSpec");
   spec.def(py::init<>())

@@ -77,6 +77,10 @@ class DecoderLayer:
     ffn_post_norm: int
     q_norm: int
     k_norm: int
+    qkv_order: int
+    o_order: int
+    ffn_order: int
+    down_order: int
     window: int
     rope: int
 

@@ -122,11 +122,12 @@ class GPTQConfig:
 
 
 STEPS = ("importance", "target", "refit", "descent", "restarts", "damping", "rounding", "tune")
+# Learned by gradients, within max_time.
+LEARNED_STEPS = ("rounding", "tune")
 PRESETS: dict[str, tuple[str, ...]] = {
     "fast": (),
     "balanced": ("target", "refit", "descent"),
-    # Without "importance": it helps plain GPTQ, and not the recipe (docs/QUALITY.md).
-    "best": tuple(step for step in STEPS if step != "importance"),
+    "best": ("target", "refit", "descent", "tune"),
 }
 
 
@@ -137,7 +138,8 @@ class RecipeConfig:
     preset: str = option("balanced", "what is done around GPTQ; fast: nothing", choices=tuple(PRESETS))
     only: str = option("", f"just these steps instead of the preset's, comma-separated: {', '.join(STEPS)}")
     max_time: float = option(
-        30.0, "minutes for what is learned (rounding, tune); a run that they end is not reproducible bit by bit"
+        30.0,
+        f"minutes for what is learned ({', '.join(LEARNED_STEPS)}); a run that they end is not reproducible bit by bit",
     )
 
     def __post_init__(self) -> None:
@@ -229,6 +231,7 @@ class CalibConfig:
     calib: str = option("auto", "data set, file, folder, glob, 'self', 'stdlib' or 'auto'")
     nsamples: int = option(32, "windows of calibration text; more is slower and a little better")
     seqlen: int = option(2048, "tokens a window")
+    tune_samples: int = option(96, "further windows of the same text, as far as it reaches, for the step tune")
     seed: int = option(0, "seed of everything that is drawn")
 
     def __post_init__(self) -> None:
@@ -236,6 +239,8 @@ class CalibConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.tune_samples < 0:
+            raise ValueError(f"tune_samples is {self.tune_samples}; use 0 for none")
         if self.seqlen < 8:
             raise ValueError(f"seqlen is {self.seqlen}; a window needs at least 8 tokens to hold any context")
 

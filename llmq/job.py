@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmq import calibration
 from llmq.blockwise import Observed
-from llmq.config import BudgetConfig, CalibConfig, QuantScheme, RuntimeConfig, parse_size
+from llmq.config import LEARNED_STEPS, BudgetConfig, CalibConfig, QuantScheme, RuntimeConfig, parse_size
 from llmq.kv_budget import Choice, context_of, of_source
 from llmq.models.load import SourceModel
 from llmq.plan import BASE_BYTES, Plan, make_plan
@@ -150,10 +150,10 @@ class Job:
         )
         self.schemes = self.plan.schemes()
         if "tune" in self.steps:
-            n_tokens = self.calib.nsamples * self.calib.seqlen
+            n_tokens = (self.calib.nsamples + self.calib.tune_samples) * self.calib.seqlen
             needed = BASE_BYTES + memory_needed(self.source, self.plan.linears, n_tokens)
             self.plan.peak_bytes = max(self.plan.peak_bytes, needed)
-        if {"tune", "rounding"} & set(self.steps):
+        if set(LEARNED_STEPS) & set(self.steps):
             self.plan.learning_seconds = 60 * self.options.recipe.max_time
         if self.steps_left_out:
             left_out = ", ".join(self.steps_left_out)
@@ -189,7 +189,8 @@ def calibration_texts(job: Job) -> calibration.CalibrationSet | None:
 
         return calibration.sample_from_model(model, job.source.tokenizer, n_samples, seqlen, seed, progress)
 
-    texts = calibration.load(job.calib, job.source.tokenizer, sampler=sampler, log=job.log)
+    calib = job.calib if "tune" in job.steps else replace(job.calib, tune_samples=0)
+    texts = calibration.load(calib, job.source.tokenizer, sampler=sampler, log=job.log)
     job.log(
         f"calibration: {texts.source}, {texts.tokens.shape[0]} windows of {texts.tokens.shape[1]} tokens, "
         f"BOS {'in each' if texts.bos else 'none'}{', ' + texts.note if texts.note else ''}"

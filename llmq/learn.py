@@ -1,34 +1,36 @@
-"""What a run learns by gradients, within its ``--max-time``: the rounding of a block, the scales of the whole model."""
+"""What a run learns by gradients, for ``--max-time`` at most: rounding, block by block, and the scales of the whole."""
 
 from __future__ import annotations
 
 import time
 from typing import cast
 
+import torch
 from torch import nn
 
 from llmq.blockwise import BlockRunner
 from llmq.calibration import CalibrationSet
 from llmq.checkpoint import CheckpointWriter, matrix_tensors
+from llmq.config import LEARNED_STEPS
 from llmq.job import Job, Probe
 from llmq.qtensor import QTensor
 from llmq.report import current_rss, duration, size
 from llmq.rounding import MOST_BITS, Windows, learn_rounding
 from llmq.tune import pieces_of, tune
 
-# Share of the time that rounding may take where scales are tuned afterwards.
+# Share of the time that rounding may take where the whole model is tuned afterwards.
 ROUNDING_SHARE = 0.5
 
 
 def learns(job: Job, step: str) -> bool:
-    """Whether this run takes the step ("rounding" or "tune"): it was asked for, and held-out windows can judge it."""
+    """Whether this run takes one of LEARNED_STEPS: it was asked for, and there is something for it to learn."""
     asked = step in job.steps
     return asked and (step != "rounding" or any(m.scheme.bits <= MOST_BITS for m in job.plan.linears))
 
 
 def check(job: Job) -> None:
     """Raise ValueError when something is to be learned and no window could judge it."""
-    asked = [step for step in ("rounding", "tune") if learns(job, step)]
+    asked = [step for step in LEARNED_STEPS if learns(job, step)]
     if asked and job.calib.nsamples < 2:
         raise ValueError(
             f"{' and '.join(asked)} must prove itself on held-out windows, and nsamples is {job.calib.nsamples}; "
@@ -87,21 +89,24 @@ def rounding(
 
 
 def tuning(job: Job, writer: CheckpointWriter, texts: CalibrationSet, probe: Probe) -> Probe:
-    """Tune the scales of all blocks in the writer's shards; report and digests follow.
+    """Tune all blocks in the writer's shards; report and digests follow.
 
     Returns:
         ``probe`` as the tuned blocks give it.
     """
     seconds = 60 * job.options.recipe.max_time - job.learning_seconds
     if seconds <= 0 or not job.n_held:
-        job.log(f"tuning scales: left out, {_why_not(job)}")
+        job.log(f"tuning: left out, {_why_not(job)}")
         job.learned["tune"] = [{"left_out": _why_not(job)}]
         return probe
-    train, held = (pieces_of(t, bos=texts.bos) for t in (texts.tokens[: -job.n_held], texts.tokens[-job.n_held :]))
+    taught, judging = texts.tokens[: -job.n_held], texts.tokens[-job.n_held :]
+    taught = torch.cat([taught, texts.more]) if len(texts.more) else taught
+    train, held = (pieces_of(t, bos=texts.bos) for t in (taught, judging))
     tuned = tune(job.source, writer, job.plan.linears, train, held, seed=job.calib.seed, seconds=seconds, log=job.log)
     job.learned["tune"] = [tuned.report]
     job.learning_seconds += tuned.report["seconds"]
     stored = {name: matrix_tensors(q) for name, q in tuned.matrices.items()}
-    writer.replace({f"{name}.{key}": t for name, tensors in stored.items() for key, t in tensors.items()})
+    changed = {f"{name}.{key}": t for name, tensors in stored.items() for key, t in tensors.items()}
+    writer.replace(changed | tuned.vectors)
     job.digests |= {name: q.digest() for name, q in tuned.matrices.items()}
     return Probe(probe.ids, probe.entering, tuned.leaving[:, : probe.ids.shape[1]]) if stored else probe

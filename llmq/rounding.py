@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.blockwise import BlockCall, run_block
-from llmq.products import fast_linears
+from llmq.products import fast_linears, learning_linears
 from llmq.qtensor import QTensor, centred, dequantize, expand_groups, from_codes, group_sums, storable_scale
 
 # Linears with more bits keep their integers.
@@ -173,7 +173,7 @@ class _Learner:
 
     def _error(self, i: int, weights: dict[str, Tensor]) -> Tensor:
         """Mean over the tokens of window i."""
-        y, target = run_block(self.block, weights, self.windows.inputs[i], self.call), self.windows.targets[i]
+        y, target = run_block(self.block, weights, self.windows.inputs[i], self.call).float(), self.windows.targets[i]
         energy = target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
         return ((y - target).square().sum(-1) / energy).mean()
 
@@ -192,7 +192,7 @@ class _Learner:
     def step(self, which: Sequence[int], share: float) -> None:
         """One step on these windows."""
         weights = {key: W.requires_grad_() for key, W in self._weights().items()}
-        with torch.enable_grad():
+        with torch.enable_grad(), learning_linears():
             for i in which:
                 (self._error(i, weights) / len(which)).backward()  # type: ignore[no-untyped-call]
         for linear, W in zip(self.linears.values(), weights.values(), strict=True):

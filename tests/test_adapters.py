@@ -26,7 +26,8 @@ from llmq import kernels, set_activation_bits
 from llmq.kernels import reference
 from llmq.models.adapter import REFUSED, read_adapter
 from llmq.runtime.causal_lm import adopt, native_decoder
-from llmq.runtime.native import DENSE_TYPES, NativeDecoder, Unsupported, _Parts
+from llmq.runtime.native import NativeDecoder
+from llmq.runtime.parts import DENSE_TYPES, Parts, Unsupported
 from llmq.runtime.qlinear import QLinear
 
 # The others differ from these in norms and caps, which an adapter has nothing to do with.
@@ -264,8 +265,8 @@ def test_a_switch_does_not_look_at_dense_matrices_again(
     """Of an embedding of half a gigabyte that takes a second; a change of its numbers is seen all the same."""
     made = adopt(load(tiny_model("llama", blocks=3)))
     looked: list[Tensor] = []
-    real = _Parts._in_its_least_type
-    monkeypatch.setattr(_Parts, "_in_its_least_type", staticmethod(lambda w: looked.append(w) or real(w)))
+    real = Parts._in_its_least_type
+    monkeypatch.setattr(Parts, "_in_its_least_type", staticmethod(lambda w: looked.append(w) or real(w)))
     made.load_adapter(write_adapter(tmp_path / "one", linears(made)))
     first = native_decoder(made)
     dense = len(looked)

@@ -48,6 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.request",
         "llmq.smallest",
         "llmq.stats_bank",
+        "llmq.student",
         "llmq.rounding",
         "llmq.tables",
         "llmq.tune",

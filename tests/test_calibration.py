@@ -88,19 +88,20 @@ def test_no_bos_where_the_tokenizer_adds_none(tmp_path: Path) -> None:
 
 def test_draw_is_seeded_without_replacement_and_in_order() -> None:
     table = torch.arange(40)[:, None].expand(40, 8)
-    first = windows.draw(table, 10, seed=3)
-    assert torch.equal(first, windows.draw(table, 10, seed=3))
-    assert not torch.equal(first, windows.draw(table, 10, seed=4))
+    first, others = windows.draw(table, 10, seed=3)
+    assert torch.equal(first, windows.draw(table, 10, seed=3)[0])
+    assert not torch.equal(first, windows.draw(table, 10, seed=4)[0])
     rows = first[:, 0].tolist()
     assert rows == sorted(set(rows))
     assert len(rows) == 10
-    assert torch.equal(windows.draw(table, 40, seed=3), table)
-    assert torch.equal(windows.draw(table, 50, seed=3), table)
+    assert sorted(rows + others[:, 0].tolist()) == list(range(40))
+    assert torch.equal(windows.draw(table, 40, seed=3)[0], table)
+    assert torch.equal(windows.draw(table, 50, seed=3)[0], table)
 
 
 def test_the_drawn_rows_of_a_seed_never_change() -> None:
     # Written down once: a report's hash is worth nothing if the next version draws other windows.
-    assert windows.draw(torch.arange(100)[:, None], 5, seed=0)[:, 0].tolist() == [5, 33, 49, 53, 97]
+    assert windows.draw(torch.arange(100)[:, None], 5, seed=0)[0][:, 0].tolist() == [5, 33, 49, 53, 97]
 
 
 def test_digest_is_of_little_endian_int64() -> None:
@@ -124,7 +125,29 @@ def test_provenance_tells_the_exact_source_and_goes_into_json(tmp_path: Path, to
         "bos": True,
         "sha256": windows.digest(result.tokens),
         "note": "",
+        "tune_samples": 7,
+        "tune_sha256": windows.digest(result.more),
     }
+
+
+def test_windows_for_tuning_are_others_of_the_same_text(tmp_path: Path, tokenizer: Any) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(text_of_length(200))
+
+    def rows(tokens: torch.Tensor) -> set[tuple[int, ...]]:
+        return {tuple(row.tolist()) for row in tokens}
+
+    few, many = (load(CalibConfig(str(path), nsamples=5, seqlen=11, tune_samples=n), tokenizer) for n in (4, 1000))
+    none = load(CalibConfig(str(path), nsamples=5, seqlen=11, tune_samples=0), tokenizer)
+    assert torch.equal(few.tokens, none.tokens)
+    assert torch.equal(few.tokens, many.tokens)
+    assert len(few.more) == 4
+    assert rows(few.more) < rows(many.more)
+    assert len(rows(many.more) | rows(many.tokens)) == 20
+    assert len(none.more) == 0
+    assert "tune_samples" not in none.provenance()
+    with pytest.raises(ValueError, match="tune_samples is -1"):
+        CalibConfig(tune_samples=-1)
 
 
 def test_too_few_windows_are_used_and_said(tmp_path: Path, tokenizer: Any) -> None:

@@ -24,7 +24,7 @@ from llmq.formats import FORMATS, Inexact, gptq
 from llmq.packing import pack_words
 from llmq.qtensor import QTensor
 from llmq.runtime.causal_lm import native_decoder
-from llmq.runtime.native import Unsupported
+from llmq.runtime.parts import Unsupported
 from llmq.runtime.qlinear import QEmbedding, QLinear
 
 SYM, ASYM = QuantScheme(4, 32, sym=True), QuantScheme(4, 32)
@@ -155,23 +155,40 @@ def test_saved_again_it_is_an_llmq_folder(original: Path, tmp_path: Path) -> Non
     check_logits(model, dense_logits(original, {name: t.dequantize() for name, t in held.items()}))
 
 
-def test_desc_act_is_carried_as_a_column_order(original: Path, tmp_path: Path) -> None:
-    if kernels.compiled() is None:
-        pytest.skip("needs the compiled module: without it there is no native decoder to refuse")
-    held = write(original, tmp_path / "x", *CASES["gptq v1"])
-    path = tmp_path / "x" / "model.safetensors"
-    tensors = load_file(path)
-    weights = {}
-    for i, (name, t) in enumerate(held.items()):
-        shuffle = torch.randperm(t.shape[1], generator=torch.Generator().manual_seed(i))
+def shuffled(original: Path, folder: Path, shared: bool) -> dict[str, torch.Tensor]:
+    """A desc_act folder, linears with one input in one order or each in its own; the dense weights of its linears."""
+    held = write(original, folder, *CASES["gptq v1"])
+    path = folder / "model.safetensors"
+    tensors, weights = load_file(path), {}
+    inputs = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    for name, t in held.items():
+        first = inputs.get(name.rpartition(".")[2], "") if shared else ""
+        seed = sum(f"{name.rpartition('.')[0]}.{first}".encode()) if first else sum(name.encode())
+        shuffle = torch.randperm(t.shape[1], generator=torch.Generator().manual_seed(seed))
         tensors[f"{name}.g_idx"] = tensors[f"{name}.g_idx"][shuffle]
         tensors[f"{name}.qweight"] = pack_words(t.q[:, shuffle].contiguous(), 4).T.contiguous()
         weights[name] = t.dequantize()[:, shuffle]
     save_file(tensors, path, {"format": "pt"})
+    return weights
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_desc_act_is_carried_as_a_column_order(shared: bool, original: Path, tmp_path: Path) -> None:
+    """Solvers order by a Hessian, which linears with one input share: such models run on the native decoder."""
+    weights = shuffled(original, tmp_path / "x", shared)
     model = llmq.AutoModelForCausalLM.from_pretrained(tmp_path / "x")
-    check_logits(model, dense_logits(original, weights))
-    with pytest.raises(Unsupported, match="columns in another order"):
-        native_decoder(model)
+    with torch.no_grad():
+        rounded = model(IDS).logits  # int8 activations, of groups in the file's order
+    expected = dense_logits(original, weights)
+    # A scale of the wrong group would be off by as much as the logits are large.
+    assert (rounded - expected).norm() <= 0.05 * expected.norm()
+    check_logits(model, expected)
+    if kernels.compiled() is not None:
+        if shared:
+            native_decoder(model)  # raises Unsupported if it could not
+        else:
+            with pytest.raises(Unsupported, match="with one input have their columns in different orders"):
+                native_decoder(model)
     with pytest.raises(ValueError, match="columns in another order|not serializable"):
         model.save_pretrained(tmp_path / "y")
     found = open_quantized(tmp_path / "x").matrices

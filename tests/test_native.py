@@ -32,7 +32,8 @@ from llmq import (
 from llmq.config import KVCacheConfig, replace
 from llmq.models.families import FAMILIES
 from llmq.runtime.causal_lm import graph_class
-from llmq.runtime.native import NativeDecoder, Unsupported
+from llmq.runtime.native import NativeDecoder
+from llmq.runtime.parts import Unsupported
 from llmq.runtime.qlinear import QLinear
 
 NATIVE = [f.name for f in FAMILIES if f.native]

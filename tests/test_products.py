@@ -99,3 +99,31 @@ def test_the_maker_of_the_cpu(tmp_path: Path) -> None:
     listing.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\n")
     assert products.cpu_vendor(listing) == "AuthenticAMD"
     assert products.cpu_vendor(tmp_path / "absent") == ""
+
+
+def test_flags_are_read_as_linux_writes_them(tmp_path: Path) -> None:
+    (tmp_path / "x86").write_text("processor : 0\nflags\t\t: fpu avx512_bf16 amx_tile\n\nflags\t\t: fpu\n")
+    (tmp_path / "arm").write_text("processor : 0\nFeatures\t: fp asimd bf16\n")
+    assert products.cpu_flags(tmp_path / "x86") == {"fpu", "avx512_bf16", "amx_tile"}
+    assert products.HALF_FLAGS & products.cpu_flags(tmp_path / "arm") == {"bf16"}
+    assert products.cpu_flags(tmp_path / "none") == set()
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_learning_goes_through_bf16_where_that_helps(
+    onednn: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch, half: bool
+) -> None:
+    """Gradients stay within bf16's rounding, 2**-8 for a factor and its product's other, of the exact ones."""
+    monkeypatch.setattr(products, "half_helps", lambda: half)
+    x, w = torch.randn(300, 129), torch.randn(77, 129, requires_grad=True)
+    with products.learning_linears():
+        y = nn.functional.linear(x, w)
+    assert y.dtype == (torch.bfloat16 if half else torch.float32)
+    assert bool(onednn) == (not half)
+    y.backward(torch.ones_like(y))
+    exact = x.double().sum(0).expand(77, 129)
+    assert w.grad is not None
+    terms = x.abs().double().sum(0)
+    assert bool(((w.grad - exact).abs() <= (2.0**-7 if half else 2.0**-14) * terms).all())
+    assert torch.equal(w.grad[0], w.grad[1])
+    assert half == (not torch.allclose(w.grad.double(), exact, rtol=1e-5, atol=1e-4))

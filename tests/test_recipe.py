@@ -194,4 +194,6 @@ def test_damping_is_chosen_by_held_out_loss():
     percdamp, loss = solved(RecipeConfig(only="target,refit,descent,damping"))
     assert (percdamp, loss) == (pytest.approx(damping), each[damping])
     # With restarts the damping is chosen before them.
-    assert solved(RecipeConfig("best")) == solved(RecipeConfig(only="target,refit,descent,restarts"), damping)
+    assert solved(RecipeConfig(only="target,refit,descent,restarts,damping")) == solved(
+        RecipeConfig(only="target,refit,descent,restarts"), damping
+    )

@@ -222,7 +222,7 @@ void Decoder::attention(const KernelTable& table, const Chunk& chunk, std::int64
   const Inputs& in = work.normed.prepare(n, h, {&l.q, &l.k, &l.v}, chunk.float_activations);
   for_rows(n, h, [&](std::int64_t r) noexcept {
     table.rms_norm(work.x.data() + r * h, l.attention_norm, spec_.eps, h, work.normed.row(r));
-    work.normed.quantize_row(table, r);
+    work.normed.finish_row(table, r, l.qkv_order);
   });
   float* qkv = work.qkv.data();
   multiply(table, in,
@@ -243,7 +243,7 @@ void Decoder::attention(const KernelTable& table, const Chunk& chunk, std::int64
                  .q = qkv,
                  .q_stride = stride,
                  .out = work.attended.row(0)});
-  for_rows(n, spec_.heads * d, [&](std::int64_t r) noexcept { work.attended.quantize_row(table, r); });
+  for_rows(n, spec_.heads * d, [&](std::int64_t r) noexcept { work.attended.finish_row(table, r, l.o_order); });
   multiply(table, attended, {{&l.o, work.product.data(), h}}, chunk.float_activations);
 }
 
@@ -298,7 +298,7 @@ void Decoder::feed_forward(const KernelTable& table, const Chunk& chunk, std::in
   for_rows(n, h, [&](std::int64_t r) noexcept {
     add_product(r, l.attention_post_norm);
     table.rms_norm(work.x.data() + r * h, l.ffn_norm, spec_.eps, h, work.normed.row(r));
-    work.normed.quantize_row(table, r);
+    work.normed.finish_row(table, r, l.ffn_order);
   });
 
   const Inputs& mid = work.activated.prepare(n, width, {&l.down}, floats);
@@ -306,7 +306,9 @@ void Decoder::feed_forward(const KernelTable& table, const Chunk& chunk, std::in
   const std::int64_t row_blocks = ceil_div(width, kFfnRows);
   std::vector<Product> halves{{&l.gate, nullptr, kFfnRows}, {&l.up, nullptr, kFfnRows}};
   low_products(table, in, halves, work.low);
-  const bool keep_floats = mid.count == 0 || l.down.adapter.rank > 0;
+  // With an order of its own a group of the down projection is spread over all columns: int8 has to wait for them.
+  const bool quantize_later = l.down_order != nullptr;
+  const bool keep_floats = mid.count == 0 || l.down.adapter.rank > 0 || quantize_later;
   parallel_for(row_blocks * token_blocks, [&](std::int64_t c) noexcept {
     static thread_local std::vector<float> gate, up;
     const std::int64_t first = c % row_blocks * kFfnRows, rows = std::min(kFfnRows, width - first);
@@ -324,7 +326,7 @@ void Decoder::feed_forward(const KernelTable& table, const Chunk& chunk, std::in
       float* y = gate.data() + t * kFfnRows;
       table.gated[spec_.activation](y, up.data() + t * kFfnRows, rows, y);
       if (keep_floats) std::copy_n(y, rows, work.activated.row(t0 + t) + first);
-      for (int i = 0; i < mid.count; ++i) {
+      for (int i = 0; i < (quantize_later ? 0 : mid.count); ++i) {
         const QuantizedRows& q = mid.quantized[i];
         for (std::int64_t column = 0; column < rows; column += mid.width[i]) {
           const std::int64_t at = (t0 + t) * q.groups + (first + column) / mid.width[i];
@@ -335,6 +337,9 @@ void Decoder::feed_forward(const KernelTable& table, const Chunk& chunk, std::in
       }
     }
   });
+  if (quantize_later) {
+    for_rows(n, width, [&](std::int64_t r) noexcept { work.activated.finish_row(table, r, l.down_order); });
+  }
   multiply(table, mid, {{&l.down, product, h}}, floats);
   for_rows(n, h, [&](std::int64_t r) noexcept { add_product(r, l.ffn_post_norm); });
 }
@@ -347,7 +352,7 @@ void Decoder::logits(const KernelTable& table, const float* states, std::int64_t
   const Inputs& in = buffer.prepare(rows, h, {&spec_.head}, float_activations);
   for_rows(rows, h, [&](std::int64_t r) noexcept {
     std::copy_n(states + r * h, h, buffer.row(r));
-    buffer.quantize_row(table, r);
+    buffer.finish_row(table, r);
   });
   multiply(table, in, {{&spec_.head, out, vocabulary}}, float_activations);
   if (spec_.final_softcap > 0.0f) {

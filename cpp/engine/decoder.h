@@ -21,6 +21,11 @@ struct DecoderLayer {
   const float* ffn_post_norm = nullptr;
   const float* q_norm = nullptr;  // f32[head_dim] or null
   const float* k_norm = nullptr;
+  // Null, or i64[k]: column j of the matrices that share this input belongs to its column order[j] (GPTQ's desc_act).
+  const std::int64_t* qkv_order = nullptr;
+  const std::int64_t* o_order = nullptr;
+  const std::int64_t* ffn_order = nullptr;
+  const std::int64_t* down_order = nullptr;
   std::int64_t window = 0;  // tokens a token sees, itself included; 0: all
   std::int64_t rope = 0;    // index into DecoderSpec::ropes
 };

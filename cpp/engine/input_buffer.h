@@ -28,7 +28,13 @@ class InputBuffer {
 
   float* row(std::int64_t r) { return x_.data() + r * view_.k; }
 
-  void quantize_row(const KernelTable& table, std::int64_t r) const {
+  // Row r is whole: put its columns into the order given (null: as they are) and make its int8 forms.
+  void finish_row(const KernelTable& table, std::int64_t r, const std::int64_t* order = nullptr) {
+    if (order != nullptr) {
+      static thread_local std::vector<float> before;
+      before.assign(row(r), row(r) + view_.k);
+      for (std::int64_t j = 0; j < view_.k; ++j) row(r)[j] = before[order[j]];
+    }
     for (int i = 0; i < view_.count; ++i) {
       table.quantize_rows(view_.x, {r, r + 1}, view_.k, view_.width[i], view_.quantized[i]);
     }

@@ -43,7 +43,7 @@ class Transformers:
         import llmq
         from llmq import kernels
         from llmq.runtime.causal_lm import NativeCausalLM
-        from llmq.runtime.native import Unsupported
+        from llmq.runtime.parts import Unsupported
 
         self.notes: list[str] = []
         logging.getLogger("llmq").addHandler(_Notes(self.notes))

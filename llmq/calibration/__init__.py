@@ -59,6 +59,7 @@ def load(
 
     Returns:
         At most ``cfg.nsamples`` windows of ``cfg.seqlen`` tokens; fewer when the text holds fewer, said in ``note``.
+        At most ``cfg.tune_samples`` others of the same text beside them; text that the model writes has none.
 
     Raises:
         ValueError: unknown name, no sampler for ``self``, text without a single full window, unreadable content.
@@ -174,7 +175,9 @@ def _cut(cfg: CalibConfig, source: Source, tokenizer: PreTrainedTokenizerBase) -
         )
     if not stream.exhausted:
         notes.append(f"reading stopped after {available} tokens, text was left")
-    return _finish(draw(windows, cfg.nsamples, cfg.seed), source, stream.rows_read, available, bos is not None, notes)
+    drawn, others = draw(windows, cfg.nsamples, cfg.seed)
+    more, _ = draw(others, cfg.tune_samples, cfg.seed)
+    return _finish(drawn, source, stream.rows_read, available, bos is not None, notes, more)
 
 
 def _sampled(
@@ -194,7 +197,13 @@ def _sampled(
 
 
 def _finish(
-    tokens: Tensor, source: Source, rows_read: int, available: int, bos: bool, notes: list[str]
+    tokens: Tensor,
+    source: Source,
+    rows_read: int,
+    available: int,
+    bos: bool,
+    notes: list[str],
+    more: Tensor | None = None,
 ) -> CalibrationSet:
     return CalibrationSet(
         tokens=tokens,
@@ -205,4 +214,5 @@ def _finish(
         bos=bos,
         sha256=digest(tokens),
         note="; ".join(notes),
+        more=tokens[:0] if more is None else more,
     )

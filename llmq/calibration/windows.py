@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +40,7 @@ class CalibrationSet:
         bos: whether every window begins with BOS.
         sha256: of ``tokens`` as little-endian int64, row after row.
         note: what the reader of a report must know ("" if nothing).
+        more: i64[m, seqlen], further windows of the same text, for what is tuned end to end.
     """
 
     tokens: Tensor
@@ -50,11 +51,13 @@ class CalibrationSet:
     bos: bool
     sha256: str
     note: str
+    more: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
 
     def provenance(self) -> dict[str, Any]:
         """Everything but the tokens, ready for JSON."""
         n_samples, seqlen = self.tokens.shape
-        return {
+        more = {"tune_samples": len(self.more), "tune_sha256": digest(self.more)} if len(self.more) else {}
+        return more | {
             "source": self.source,
             "n_samples": n_samples,
             "seqlen": seqlen,
@@ -175,13 +178,14 @@ def cut(tokens: Tensor, seqlen: int, bos: int | None) -> Tensor:
     return windows.clone() if bos is None else torch.cat([torch.full((n, 1), bos), windows], dim=1)
 
 
-def draw(windows: Tensor, n_samples: int, seed: int) -> Tensor:
-    """``n_samples`` rows of i64[n, seqlen], drawn without replacement, in the order of the text; all if too few."""
+def draw(windows: Tensor, n_samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """``n_samples`` rows of i64[n, seqlen], drawn without replacement, and the others, in the order of the text."""
     n = windows.shape[0]
     if n <= n_samples:
-        return windows
+        return windows, windows[n:]
     # Python's generator, not torch's: its sample() is the same in every version we run on.
-    return windows[sorted(random.Random(seed).sample(range(n), n_samples))]
+    drawn = sorted(random.Random(seed).sample(range(n), n_samples))
+    return windows[drawn], windows[sorted(set(range(n)).difference(drawn))]
 
 
 def digest(tokens: Tensor) -> str:

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import Cache
 
 from llmq.config import KVCacheConfig
-from llmq.runtime.native import NativeDecoder, Unsupported
+from llmq.runtime.native import NativeDecoder
+from llmq.runtime.parts import Unsupported
 from llmq.runtime.sequence import Sequence, shared_nbytes
 
 

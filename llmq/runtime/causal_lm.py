@@ -22,8 +22,9 @@ from llmq.config import KVCacheConfig
 from llmq.runtime import generation
 from llmq.runtime.adapters import AdapterMethods, LowRank
 from llmq.runtime.cache import NativeCache, check_positions, shown_columns
-from llmq.runtime.native import NativeDecoder, Unsupported
+from llmq.runtime.native import NativeDecoder
 from llmq.runtime.options import quantized_cache, say_once
+from llmq.runtime.parts import Unsupported
 from llmq.runtime.quantized_cache import QuantizedKVCache
 from llmq.runtime.stopping import StopStrings
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from llmq.runtime.cache import NativeCache, check_positions, shown_columns
-from llmq.runtime.native import NativeDecoder, Unsupported
+from llmq.runtime.native import NativeDecoder
 from llmq.runtime.options import check_arguments, check_options, read_processors, say_once
+from llmq.runtime.parts import Unsupported
 from llmq.runtime.stopping import Stops
 
 

@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 from transformers.generation import logits_process as lp
 
 from llmq.config import KVCacheConfig, one_of
-from llmq.runtime.native import Unsupported, core
+from llmq.runtime.parts import Unsupported, core
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,8 @@ from llmq.checkpoint import usual_mode
 from llmq.config import KVCacheConfig
 from llmq.runtime.cache import NativeCache
 from llmq.runtime.causal_lm import native_decoder
-from llmq.runtime.native import NativeDecoder, Unsupported, core
+from llmq.runtime.native import NativeDecoder
+from llmq.runtime.parts import Unsupported, core
 from llmq.runtime.sequence import Sequence
 
 FORMAT = "llmq prompt cache"
