@@ -68,6 +68,20 @@ def listening(module: nn.Module, hear: Callable[[Tensor], None]) -> Iterator[Non
         handle.remove()
 
 
+class _Output(Tensor):
+    """Hidden states for a decoder that takes them as they are, or as the first of a tuple (transformers 4)."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.as_subclass(Tensor) if isinstance(index, int) and index == 0 else super().__getitem__(index)
+
+
+def block_output(hidden: Tensor) -> Tensor:
+    """What :func:`answering` has a whole block return, for hidden states [1, t, hidden]."""
+    return hidden.as_subclass(_Output)
+
+
 @contextmanager
 def answering(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Within the context, ``module`` answers with ``forward`` instead of its own computation."""
@@ -126,7 +140,7 @@ def block_inputs(source: SourceModel, tokens: Tensor) -> tuple[list[Tensor], lis
             calls.append(BlockCall(args, kwargs))
             if last:
                 raise _StopForwardError
-            return hidden
+            return block_output(hidden)
 
         return forward
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache, PretrainedConfig, PreTrainedTokenizerFast, modeling_utils
+from transformers import AutoTokenizer, DynamicCache, PretrainedConfig, PreTrainedTokenizerFast, modeling_utils
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Version:
         register: prepares transformers once, when llmq registers itself.
         checkpoint_files: from the arguments of a quantizer's hook before loading to the files that are to be loaded.
         casts_scales: whether the loader casts a quantized matrix's fp16 scales to the model's dtype.
+        mismatched_name: the weight that an item of the loader's ``mismatched_keys`` is about.
         leave_untied: keeps the loader from tying the weights of a model, once its embedding or head holds integers.
         embedding_scale: what an embedding of a class of its own multiplies its rows by; None: not known.
         scaled_embeddings: model types whose decoder, not its embedding, multiplies by the root of ``hidden_size``.
@@ -45,6 +46,7 @@ class Version:
     register: Callable[[], None]
     checkpoint_files: Callable[[dict[str, Any]], tuple[str, ...]]
     casts_scales: bool
+    mismatched_name: Callable[[Any], str]
     leave_untied: Callable[[nn.Module], None]
     embedding_scale: Callable[[nn.Module], float | None]
     scaled_embeddings: frozenset[str]
@@ -121,13 +123,19 @@ def _scale_buffer(module: nn.Module) -> float | None:
     return float(scale) if isinstance(scale, Tensor | float | int) else None
 
 
+class TokenizersBackend(PreTrainedTokenizerFast):
+    """The name that transformers 5 writes into tokenizer_config.json for a class of transformers 4."""
+
+
+class _NoModelConfig(PretrainedConfig):
+    """AutoTokenizer finds a class by its name among those that are registered with a config."""
+
+
 @functools.cache  # once
 def _prepare() -> None:
     _note_files()
     _adapt_configs()
-    # The name that transformers 5 writes into tokenizer_config.json.
-    package: Any = transformers
-    package.TokenizersBackend = PreTrainedTokenizerFast
+    AutoTokenizer.register(_NoModelConfig, fast_tokenizer_class=TokenizersBackend)
 
 
 def _adapt_configs() -> None:
@@ -213,6 +221,7 @@ VERSIONS = {
         register=_prepare,
         checkpoint_files=_noted,
         casts_scales=True,
+        mismatched_name=str,
         leave_untied=_no_tying,
         embedding_scale=_scale_buffer,
         scaled_embeddings=frozenset({"gemma2"}),
@@ -227,6 +236,7 @@ VERSIONS = {
         register=lambda: None,
         checkpoint_files=_handed_over,
         casts_scales=False,
+        mismatched_name=lambda item: str(item[0]),
         leave_untied=_no_tied_keys,
         embedding_scale=_scale_attribute,
         scaled_embeddings=frozenset(),

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from llmq.blockwise import BlockCall, answering, compact_embedding, run_block
+from llmq.blockwise import BlockCall, answering, block_output, compact_embedding, run_block
 from llmq.models.load import SourceModel, materialize
 from llmq.products import fast_linears, learning_linears
 
@@ -58,7 +58,7 @@ class Head:
         with ExitStack() as stack:
             for name in self.source.block_names:
                 block = self.source.model.get_submodule(name)
-                stack.enter_context(answering(block, lambda *_args, **_kwargs: h[None]))
+                stack.enter_context(answering(block, lambda *_args, **_kwargs: block_output(h[None])))
             ids = torch.zeros(1, len(h), dtype=torch.long)
             found: Tensor = self.source.model(input_ids=ids, use_cache=False).logits[0]
         return found.float()

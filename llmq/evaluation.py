@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from llmq import kv_feed
 from llmq.calibration import text_of
+from llmq.compat import API
 from llmq.config import one_of, option
 from llmq.kv_feed import KVFeed
 from llmq.likelihood import Progress, score
@@ -169,7 +170,7 @@ class Subject:
         }
         loaded: Any = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, **options)
         model, info = loaded
-        bad = sorted({*info["missing_keys"], *(row[0] for row in info["mismatched_keys"])})
+        bad = sorted({*info["missing_keys"], *map(API.mismatched_name, info["mismatched_keys"])})
         if bad:
             names = ", ".join(bad[:3]) + (" ..." if len(bad) > 3 else "")
             raise ValueError(

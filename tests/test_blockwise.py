@@ -140,3 +140,11 @@ def test_a_teacher_pairs_the_original_models_inputs_with_the_quantized_ones(tiny
             want = [BlockRunner(block, calls[0], states, {}).run(i) for i in range(5)]
             r.advance()
             assert all(torch.equal(a, b) for a, b in zip(r.hidden, want, strict=True))
+
+
+def test_deep_models_are_called_block_by_block(tiny_model) -> None:
+    """In transformers 4 some decoders take the first of what a block returns: each would strip a dimension."""
+    source = open_model(tiny_model("gemma3", blocks=6))
+    hidden, calls = block_inputs(source, torch.arange(3, 20)[None])
+    assert hidden[0].shape == (1, 17, 80)
+    assert len(calls) == 6
