@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import transformers
 
 from llmq import compat
 from llmq.compat import VERSIONS
