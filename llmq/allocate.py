@@ -1,42 +1,36 @@
 """Bits where they matter: a scheme for each linear, so that the loss is least at a given size.
 
-How much a linear matters is read off one backward pass: with all linears rounded, ``<dKL/dW, W_rounded - W>`` is the
-linear's share of the divergence from the original model (to first order; mlx-lm's dynamic quantization asks the same).
-Its divergence under another scheme is scaled by the squared rounding error. Choosing schemes is then a knapsack.
+How much a linear matters is its share of the divergence of a model that GPTQ has rounded (:mod:`llmq.sensitivity`);
+under another scheme the share is scaled by the squared rounding error. Choosing schemes is then a knapsack.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llmq.checkpoint import is_weight_file
-from llmq.config import BITS, BudgetConfig, QuantScheme, parse_size
+from llmq.config import BITS, BudgetConfig, GPTQConfig, QuantScheme, parse_size
 from llmq.models.load import SourceModel
 from llmq.plan import Matrix, Plan, memory_bytes, table_scheme
 from llmq.report import Log
+from llmq.sensitivity import PROBE_BITS, PROBE_WINDOW, measured, table_probe
 from llmq.solvers import rtn
 
-# The rounding at which the divergence is measured: large enough to see, small enough for first order.
-PROBE_BITS = 4
 GROUP_SIZES = (32, 64, 128)
-# Tokens of the backward pass, and tokens at once: the logits of a window are held in full, a few times over.
-PROBE_TOKENS, PROBE_WINDOW = 2048, 256
-# Most likely tokens whose probabilities are compared one by one; the rest of the vocabulary is one more outcome.
-TOP = 256
 # Largest number of sizes the knapsack tells apart; a matrix's size is rounded up to one of them.
 BUCKETS = 40_000
 # Bits of an embedding or head that is chosen for a size.
 TABLE_BITS = (8, 4)
-# Rows of a matrix that are in memory in fp32 at once.
-CHUNK_ROWS = 8192
+# Rows of a matrix whose rounding error is measured, and grids that are tried for each group of them.
+SAMPLE_ROWS, GRID_STEPS = 128, 20
+# Least share of the divergence that is believed, as a part of what a mean weight would give it: noise dips under 0.
+LEAST_SHARE = 0.25
 # Generous room for what a folder holds of every tensor: its lines in report, index and configuration; and for the rest.
 LINEAR_BYTES, REPORT_BYTES = 4096, 1 << 16
 
@@ -48,7 +42,7 @@ class Allocation:
     Attributes:
         schemes: of every linear.
         divergence: share of the KL divergence (nats a token) that each linear had at the probe's rounding.
-        predicted: KL divergence expected of the chosen schemes under round-to-nearest; only its order is to be trusted.
+        predicted: KL divergence expected of the chosen schemes; only its order is to be trusted.
     """
 
     schemes: dict[str, QuantScheme]
@@ -137,7 +131,7 @@ class Choices:
         names: of the matrices.
         schemes: candidates of each matrix.
         sizes: bytes of each candidate.
-        costs: KL divergence expected of each candidate under round-to-nearest.
+        costs: KL divergence expected of each candidate.
         divergence: of each matrix at the probe's rounding.
     """
 
@@ -156,13 +150,19 @@ class Choices:
 
 
 def allocate(
-    source: SourceModel, linears: Sequence[Matrix], scheme: QuantScheme, target_bpw: float, tokens: Tensor, log: Log
+    source: SourceModel,
+    linears: Sequence[Matrix],
+    scheme: QuantScheme,
+    target_bpw: float,
+    tokens: Tensor,
+    gptq: GPTQConfig,
+    log: Log,
 ) -> Allocation:
     """Choose a scheme for each of ``linears`` so that together they take at most ``target_bpw`` bits a weight.
 
     See :func:`choices_of`. Raises ValueError when even the smallest candidates take more (see :func:`check_budget`).
     """
-    found = choices_of(source, linears, (), scheme, tokens, log)
+    found = choices_of(source, linears, (), scheme, tokens, gptq, log)
     return found.within(int(target_bpw * sum(m.weights for m in linears) / 8))
 
 
@@ -172,6 +172,7 @@ def choices_of(
     tables: Sequence[Matrix],
     scheme: QuantScheme,
     tokens: Tensor,
+    gptq: GPTQConfig,
     log: Log,
 ) -> Choices:
     """Candidates of each matrix, their sizes and costs.
@@ -181,23 +182,29 @@ def choices_of(
         linears: with their shapes.
         tables: embedding and head, where they are to be chosen too.
         scheme: says whether grids are symmetric.
-        tokens: i64[n, seqlen] calibration windows; the first ``PROBE_TOKENS`` tokens are used.
-        log: gets a line of progress.
+        tokens: i64[n, seqlen] calibration windows.
+        gptq: how linears are rounded to be measured.
+        log: gets lines of progress.
     """
     probe = QuantScheme(PROBE_BITS, 128, scheme.sym)
-    windows = tokens[:, :PROBE_WINDOW][: max(1, PROBE_TOKENS // min(PROBE_WINDOW, tokens.shape[1]))]
-    log(f"bits by module: {windows.numel()} tokens through the model and back, rounded to {probe}")
-    divergence = divergences(source, [*linears, *tables], probe, windows)
+    divergence = measured(source, linears, tables, probe, tokens, gptq, log)
+    shares = believed(divergence, {m.name: m.weights for m in (*linears, *tables)})
     found = Choices([], [], [], [], divergence)
     for m in (*linears, *tables):
         candidates = _table_sizes(m) if m in tables else _sizes(m, scheme)
-        errors = _squared_errors(source, m, [probe, *(s for s, _ in candidates)])
-        share = max(divergence[m.name], 0.0) / max(errors[0], 1e-30)
+        had = table_probe(m) if m in tables else probe
+        error, *errors = _squared_errors(source, m, [had, *(s for s, _ in candidates)])
         found.names.append(m.name)
         found.schemes.append([s for s, _ in candidates])
         found.sizes.append([size for _, size in candidates])
-        found.costs.append([share * e for e in errors[1:]])
+        found.costs.append([shares[m.name] * e / max(error, 1e-30) for e in errors])
     return found
+
+
+def believed(divergence: Mapping[str, float], weights: Mapping[str, int]) -> dict[str, float]:
+    """The shares of ``divergence``, none below LEAST_SHARE of what its number of weights would have."""
+    mean = sum(max(d, 0.0) for d in divergence.values()) / sum(weights.values())
+    return {name: max(d, LEAST_SHARE * mean * weights[name]) for name, d in divergence.items()}
 
 
 def with_schemes(linears: Sequence[Matrix], schemes: Mapping[str, QuantScheme]) -> list[Matrix]:
@@ -218,69 +225,14 @@ def _table_sizes(m: Matrix) -> list[tuple[QuantScheme, int]]:
 
 
 def _squared_errors(source: SourceModel, m: Matrix, schemes: Sequence[QuantScheme]) -> list[float]:
-    """|W_rounded - W|^2 under round-to-nearest, for each of ``schemes``."""
-    found = [0.0] * len(schemes)
-    for _, rows in source.reader.row_chunks(f"{m.name}.weight", CHUNK_ROWS):
-        W = rows.float()
-        for i, scheme in enumerate(schemes):
-            found[i] += float(torch.sum((rtn.solve(W, scheme).dequantize() - W) ** 2, dtype=torch.float64))
-    return found
+    """|W_rounded - W|^2 of a sample of rows, each group in the best of several grids, for each of ``schemes``.
 
-
-def divergences(
-    source: SourceModel, matrices: Sequence[Matrix], probe: QuantScheme, windows: Tensor
-) -> dict[str, float]:
-    """``<dKL/dW, W_rounded - W>`` of each matrix, nats a token, at the model with all of them rounded to ``probe``.
-
-    Args:
-        windows: i64[n, t].
+    As a ratio between schemes this is close to what GPTQ's output error does; the min-max grid's is not, at 2 bits.
     """
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=torch.float32, local_files_only=True).eval()
-    model.requires_grad_(False)
-    with torch.no_grad():
-        teacher = [_most_likely(_log_probabilities(model, w)) for w in windows]
-    weights: dict[str, nn.Parameter] = {m.name: model.get_submodule(m.name).weight for m in matrices}
-    changes = {}
-    for name, weight in weights.items():
-        changes[name] = torch.empty(weight.shape, dtype=torch.float16)
-        for rows, change in zip(weight.data.split(CHUNK_ROWS), changes[name].split(CHUNK_ROWS), strict=True):
-            rounded = rtn.solve(rows, probe).dequantize()
-            change.copy_(rounded - rows)
-            rows.copy_(rounded)
-        weight.requires_grad_(True)
-    for window, (log_p, ids) in zip(windows, teacher, strict=True):
-        kl = divergence(log_p, _log_probabilities(model, window).gather(1, ids))
-        kl.div(len(windows)).backward()  # type: ignore[no-untyped-call]
-    shares = {}
-    for name, weight in weights.items():
-        assert weight.grad is not None
-        shares[name] = float(torch.sum(weight.grad * changes[name].float(), dtype=torch.float64))
-        if not math.isfinite(shares[name]):
-            raise ValueError(f"{name}: the divergence's gradient is not finite; the model overflows on this text")
-    return shares
-
-
-def _log_probabilities(model: Any, window: Tensor) -> Tensor:
-    """f32[t, vocabulary] for a window i64[t]."""
-    return torch.log_softmax(model(input_ids=window[None], use_cache=False).logits[0].float(), -1)
-
-
-def _most_likely(log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """(log probabilities f32[t, TOP], ids i64[t, TOP])."""
-    values, ids = log_p.topk(min(TOP, log_p.shape[1] - 1), dim=1)
-    return values, ids
-
-
-def divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Mean KL(p || q), nats a token, over the outcomes given and "any other token"; never above the whole KL.
-
-    Args:
-        log_p, log_q: f32[t, k], log probabilities of the same k tokens.
-    """
-    rest_p, rest_q = ((1 - x.exp().sum(1)).clamp(min=1e-7) for x in (log_p, log_q))
-    return ((log_p.exp() * (log_p - log_q)).sum(1) + rest_p * (rest_p.log() - rest_q.log())).mean()
+    W = source.reader.rows_at(f"{m.name}.weight", torch.arange(0, m.n, -(-m.n // SAMPLE_ROWS))).float()
+    plain = torch.eye(m.k)
+    rounded = [rtn.solve(W, s, plain, grid_steps=GRID_STEPS).dequantize() for s in schemes]
+    return [float(torch.sum((r - W) ** 2, dtype=torch.float64)) for r in rounded]
 
 
 def _check_memory(source: SourceModel, linears: Sequence[Matrix], weights: int, flag: str) -> None:

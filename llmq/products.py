@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,34 +19,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from llmq import cpuinfo
+
 # Multiply-adds below which a product is not worth the choice.
 LEAST_WORK = 1 << 20
 # What Linux calls a CPU's instructions for products of bf16 matrices.
 HALF_FLAGS = {"amx_bf16", "avx512_bf16", "bf16"}
 
 
-def cpu_vendor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """What the CPU calls its maker, e.g. ``AuthenticAMD``; empty where the system does not tell."""
-    try:
-        lines = cpuinfo.read_text(errors="replace").splitlines()
-    except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
-
-
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """The CPU's instruction sets by Linux's names; empty where the system does not tell."""
-    try:
-        lines = cpuinfo.read_text(errors="replace").splitlines()
-    except OSError:
-        return set()
-    return set(next((line.partition(":")[2] for line in lines if line.startswith(("flags", "Features"))), "").split())
-
-
 @functools.cache
 def half_helps() -> bool:
     """Whether the CPU has instructions for products of bf16 matrices; with AMX several times as fast as of fp32."""
-    return torch.backends.mkldnn.is_available() and bool(HALF_FLAGS & cpu_flags())
+    return torch.backends.mkldnn.is_available() and bool(HALF_FLAGS & cpuinfo.flags())
 
 
 @functools.cache
@@ -57,7 +40,7 @@ def helps() -> bool:
         torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and cpu_vendor() not in ("GenuineIntel", "")
+        and cpuinfo.vendor() not in ("GenuineIntel", "")
     )
 
 

@@ -32,8 +32,9 @@ PIECE = 512
 BATCH_TOKENS = 2048
 # One position in so many is compared, in turns: neighbours say much the same, and the head is a large part of the work.
 STRIDE = 2
-# Adam's first step as a share of a scale, and of a norm's weight or a bias; it falls linearly to 0.
-SCALE_RATE, VECTOR_RATE = 2e-3, 2e-3
+# Adam's first step as a share of a scale of 3 bits, and of a norm or bias beside such; it falls linearly to 0.
+# A bit more halves a grid's steps, hence the rate: what moves a weight by as much of a step is the same change.
+SCALE_RATE, VECTOR_RATE, RATED_BITS = 2e-3, 2e-3, 3
 BETAS = (0.9, 0.95)
 # Passes over the pieces, unless the clock ends them before, and the number of steps between two judgements.
 EPOCHS = 4
@@ -204,8 +205,14 @@ class _Iterate:
 
 
 def _optimizer(student: Student) -> torch.optim.Adam:
-    factors, vectors = [m.factor for m in student.linears], [v.factor for v in student.vectors]
-    rows = [(SCALE_RATE, factors), (VECTOR_RATE, vectors)]
+    """Adam with the rates of each linear's bits; vectors see linears of all bits, a weight each."""
+    by_bits: dict[int, list[Tensor]] = {}
+    for m in student.linears:
+        by_bits.setdefault(m.start.scheme.bits, []).append(m.factor)
+    weights = sum(m.codes.numel() for m in student.linears)
+    mean = sum(m.start.scheme.bits * m.codes.numel() for m in student.linears) / max(weights, 1)
+    rows = [(SCALE_RATE * 2.0 ** (RATED_BITS - bits), factors) for bits, factors in sorted(by_bits.items())]
+    rows.append((VECTOR_RATE * 2.0 ** (RATED_BITS - mean), [v.factor for v in student.vectors]))
     return torch.optim.Adam([{"params": p, "lr": r, "rate": r} for r, p in rows if p], betas=BETAS, fused=True)
 
 

@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "llmq.compat",
         "llmq.config",
+        "llmq.cpuinfo",
         "llmq.parallel",
         "llmq.products",
         "llmq.qtensor",
@@ -47,6 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.report",
         "llmq.request",
         "llmq.smallest",
+        "llmq.sensitivity",
         "llmq.stats_bank",
         "llmq.student",
         "llmq.rounding",

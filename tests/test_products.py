@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmq import products
+from llmq import cpuinfo, products
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch was built without oneDNN"
@@ -97,16 +97,16 @@ def test_what_it_leaves_to_torch(onednn: list[tuple[int, ...]]) -> None:
 def test_the_maker_of_the_cpu(tmp_path: Path) -> None:
     listing = tmp_path / "cpuinfo"
     listing.write_text("processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\n")
-    assert products.cpu_vendor(listing) == "AuthenticAMD"
-    assert products.cpu_vendor(tmp_path / "absent") == ""
+    assert cpuinfo.vendor(listing) == "AuthenticAMD"
+    assert cpuinfo.vendor(tmp_path / "absent") == ""
 
 
 def test_flags_are_read_as_linux_writes_them(tmp_path: Path) -> None:
     (tmp_path / "x86").write_text("processor : 0\nflags\t\t: fpu avx512_bf16 amx_tile\n\nflags\t\t: fpu\n")
     (tmp_path / "arm").write_text("processor : 0\nFeatures\t: fp asimd bf16\n")
-    assert products.cpu_flags(tmp_path / "x86") == {"fpu", "avx512_bf16", "amx_tile"}
-    assert products.HALF_FLAGS & products.cpu_flags(tmp_path / "arm") == {"bf16"}
-    assert products.cpu_flags(tmp_path / "none") == set()
+    assert cpuinfo.flags(tmp_path / "x86") == {"fpu", "avx512_bf16", "amx_tile"}
+    assert products.HALF_FLAGS & cpuinfo.flags(tmp_path / "arm") == {"bf16"}
+    assert cpuinfo.flags(tmp_path / "none") == set()
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,6 +215,19 @@ def test_one_seed_gives_the_same_bits_and_another_does_not(solved):
     assert first.keys() == again.keys()
     assert all(torch.equal(q.scale, again[name].scale) for name, q in first.items())
     assert any(not torch.equal(q.scale, other[name].scale) for name, q in first.items())
+
+
+def test_a_bit_more_halves_the_rate():
+    """A scale's step moves a weight by the same share of a grid step at all bits; vectors go with the mean bits."""
+    linears = [
+        SimpleNamespace(start=SimpleNamespace(scheme=QuantScheme(bits, 32)), factor=torch.ones(2), codes=torch.ones(n))
+        for bits, n in ((2, 3), (4, 1), (2, 2))
+    ]
+    groups = tune._optimizer(SimpleNamespace(linears=linears, vectors=[SimpleNamespace(factor=torch.ones(4))]))
+    rates = {id(p): group["lr"] for group in groups.param_groups for p in group["params"]}
+    assert [rates[id(m.factor)] for m in linears] == [2 * tune.SCALE_RATE, tune.SCALE_RATE / 2, 2 * tune.SCALE_RATE]
+    mean = (2 * 5 + 4 * 1) / 6
+    assert groups.param_groups[-1]["lr"] == pytest.approx(tune.VECTOR_RATE * 2 ** (3 - mean))
 
 
 def test_steps_that_do_not_help_are_dropped(solved, monkeypatch):

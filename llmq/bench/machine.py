@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import os
 import platform
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from llmq import kernels
+from llmq import cpuinfo, kernels
 
 _core: Any
 try:
@@ -42,12 +41,12 @@ PACKAGES = (
 
 def describe() -> dict[str, Any]:
     """CPU, flags, cores, memory, and versions of what is installed."""
-    info = _cpuinfo()
+    info = cpuinfo.first_cpu()
     versions = {name: _version(name) for name in ("llmq", *PACKAGES)}
     return {
         "cpu": info.get("model name", platform.processor() or platform.machine()),
         "family": info.get("cpu family"),
-        "flags": [flag for flag in FLAGS if flag in flags()],
+        "flags": [flag for flag in FLAGS if flag in cpuinfo.flags()],
         "cpus": usable_cpus(),
         "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -66,23 +65,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-@functools.cache
-def _cpuinfo() -> dict[str, str]:
-    """The lines of the first CPU in /proc/cpuinfo; empty where there is no such file."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {key.strip(): value.strip() for key, _, value in pairs}
-
-
-def flags() -> set[str]:
-    """CPU flags as the kernel names them."""
-    info = _cpuinfo()
-    return set((info.get("flags") or info.get("Features") or "").split())
 
 
 def stream_read(threads: int, *, rounds: int = 7) -> float:
@@ -113,7 +95,7 @@ class Peak:
 
 def int8_peak(threads: int) -> Peak:
     """The int8 peak of ``threads`` threads on registers alone: a C program of one loop, compiled now."""
-    found = [row for flag, row in PEAK_ROWS.items() if flag in flags()]
+    found = [row for flag, row in PEAK_ROWS.items() if flag in cpuinfo.flags()]
     compiler = shutil.which(os.environ.get("CC") or "cc")
     if not found:
         return Peak(float("nan"), "not measured: no instruction for this CPU in int8_peak.c")
