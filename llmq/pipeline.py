@@ -229,6 +229,8 @@ def _quantize_blocks(job: Job, writer: CheckpointWriter, tokens: Tensor | None) 
                 runner.tails = tails
             tensors, errors = _quantize_block(job, name, block, runner, originals)
         writer.write_shard(tensors)
+        del tensors
+        release_memory()  # the allocator keeps what threads have freed, each its own
         now = time.perf_counter()
         n_tokens = tokens.numel() if tokens is not None else 0
         job.log(block_line(i, len(names), errors, n_tokens, now - began, now - start))

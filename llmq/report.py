@@ -8,13 +8,13 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint import REPORT_NAME
-from llmq.plan import Plan
+from llmq.plan import Matrix, Plan
 
 Log = Callable[[str], None]
 
@@ -60,23 +60,21 @@ def current_rss() -> int:
 
 def plan_table(plan: Plan, *, model: str, family: str, method: str, calibration: str, output: Path) -> str:
     """The table that a run begins with."""
-    groups: dict[tuple[str, str], list[int]] = {}
+    groups: dict[tuple[str, str], list[Matrix]] = {}
     for m in plan.linears:
         key = (m.name.split(".", 3)[-1] if m.name.count(".") > 2 else m.name, f"{m.n} x {m.k}")
-        entry = groups.setdefault(key, [0, 0])
-        entry[0] += 1
-        entry[1] += m.nbytes
-    scheme = plan.linears[0].scheme
+        groups.setdefault(key, []).append(m)
     lines = [
         f"model        {model} (family {family}, {plan.weights / 1e6:.1f} M weights)",
-        f"method       {method}, {scheme}",
+        f"method       {method}, {_schemes(plan.linears)}",
         f"calibration  {calibration}",
         f"output       {output}",
         "",
         f"  {'quantized':34} {'shape':>16} {'count':>6} {'scheme':>11} {'size':>11}",
     ]
-    for (name, shape), (count, nbytes) in groups.items():
-        lines.append(f"  {name:34} {shape:>16} {count:6d} {str(scheme):>11} {size(nbytes):>11}")
+    for (name, shape), same in groups.items():
+        total = size(sum(m.nbytes for m in same))
+        lines.append(f"  {name:34} {shape:>16} {len(same):6d} {_schemes(same):>11} {total:>11}")
     for m in plan.tables:
         name = m.name if m.shared_with is None else f"{m.name} = {m.shared_with}"
         lines.append(f"  {name:34} {f'{m.n} x {m.k}':>16} {1:6d} {str(m.scheme):>11} {size(m.nbytes):>11}")
@@ -87,6 +85,9 @@ def plan_table(plan: Plan, *, model: str, family: str, method: str, calibration:
         entry[1] += kept.nbytes
     for (reason, dtype), (count, nbytes) in reasons.items():
         lines.append(f"  {'left as it is: ' + reason:51} {count:6d} {dtype:>11} {size(nbytes):>11}")
+    if len({m.scheme for m in plan.linears}) > 1:
+        lines += ["", "  bits by block, first to last"]
+        lines += [f"  {name:34} {' '.join(str(m.scheme.bits) for m in same)}" for (name, _), same in groups.items()]
     ratio = plan.bytes_before / plan.bytes_after
     learning = f" and at most {duration(plan.learning_seconds)} of learning" if plan.learning_seconds else ""
     lines += [
@@ -97,6 +98,13 @@ def plan_table(plan: Plan, *, model: str, family: str, method: str, calibration:
         *(f"  warning: {w}" for w in plan.warnings),
     ]
     return "\n".join(lines)
+
+
+def _schemes(linears: Sequence[Matrix]) -> str:
+    """Their scheme, or which bits they have."""
+    if len({m.scheme for m in linears}) == 1:
+        return str(linears[0].scheme)
+    return ", ".join(map(str, sorted({m.scheme.bits for m in linears}))) + " bits"
 
 
 def block_line(i: int, n: int, errors: list[float], tokens: int, seconds: float, elapsed: float) -> str:
@@ -234,7 +242,7 @@ def model_card(plan: Plan, report: dict[str, Any], folder_name: str) -> str:
         f"# {folder_name}",
         "",
         f"`{report['model']['spec']}` quantized by llmq {report['versions']['llmq']}: "
-        f"{report['method']}, {plan.linears[0].scheme}, {plan.bits_per_weight:.3f} bits a weight over the linears, "
+        f"{report['method']}, {_schemes(plan.linears)}, {plan.bits_per_weight:.3f} bits a weight over the linears, "
         f"{plan.bits_per_weight_all:.3f} over the whole model ({size(plan.bytes_after)}).",
         "",
         "**`import llmq` before loading.** Without it transformers does not know the format: it warns and returns a",

@@ -45,6 +45,22 @@ def test_what_stays_and_why(tiny_model):
         assert f"left as it is: {reason}" in table
 
 
+def test_the_table_shows_the_bits_of_each_block_where_they_differ(tiny_model):
+    source = open_model(tiny_model("llama"))
+    first = f"{source.block_names[0]}.mlp.down_proj"
+    arguments = (source, SCHEME, 16, METHODS["rtn"], 0, 1)
+    named = {"model": "m", "family": "f", "method": "rtn", "calibration": "none", "output": "out"}
+    alike = plan_table(make_plan(*arguments), **named)
+    assert f"rtn, {SCHEME}" in alike
+    assert "bits by block" not in alike
+    table = plan_table(make_plan(*arguments, schemes={first: QuantScheme(8, 32)}), **named)
+    assert f"rtn, {SCHEME.bits}, 8 bits" in table
+    rest = " ".join([str(SCHEME.bits)] * (len(source.block_names) - 1))
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in table.split("bits by block")[1].splitlines()[1:8]}
+    assert rows["mlp.down_proj"] == f"8 {rest}"
+    assert rows["mlp.up_proj"] == f"{SCHEME.bits} {rest}"
+
+
 def test_dtypes_of_what_stays():
     assert kept_dtype(torch.bfloat16, 1) == torch.float32
     assert kept_dtype(torch.float32, 2) == torch.bfloat16
