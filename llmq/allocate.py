@@ -1,7 +1,8 @@
 """Bits where they matter: a scheme for each linear, so that the loss is least at a given size.
 
-How much a linear matters is its share of the divergence of a model that GPTQ has rounded (:mod:`llmq.sensitivity`);
-under another scheme the share is scaled by the squared rounding error. Choosing schemes is then a knapsack.
+How much a linear matters is its own part of the divergence of a model that was rounded for it
+(:mod:`llmq.sensitivity`); under another scheme it is scaled by the squared rounding error. Choosing schemes is then a
+knapsack.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor
 
 from llmq.checkpoint import is_weight_file
-from llmq.config import BITS, BudgetConfig, GPTQConfig, QuantScheme, parse_size
+from llmq.config import BITS, BudgetConfig, QuantScheme, parse_size
 from llmq.models.load import SourceModel
 from llmq.plan import Matrix, Plan, memory_bytes, table_scheme
 from llmq.report import Log
 from llmq.sensitivity import PROBE_BITS, PROBE_WINDOW, measured, table_probe
-from llmq.solvers import rtn
+from llmq.solvers import SolverOptions, rtn
 
 GROUP_SIZES = (32, 64, 128)
 # Largest number of sizes the knapsack tells apart; a matrix's size is rounded up to one of them.
@@ -29,8 +30,6 @@ BUCKETS = 40_000
 TABLE_BITS = (8, 4)
 # Rows of a matrix whose rounding error is measured, and grids that are tried for each group of them.
 SAMPLE_ROWS, GRID_STEPS = 128, 20
-# Least share of the divergence that is believed, as a part of what a mean weight would give it: noise dips under 0.
-LEAST_SHARE = 0.25
 # Generous room for what a folder holds of every tensor: its lines in report, index and configuration; and for the rest.
 LINEAR_BYTES, REPORT_BYTES = 4096, 1 << 16
 
@@ -41,7 +40,7 @@ class Allocation:
 
     Attributes:
         schemes: of every linear.
-        divergence: share of the KL divergence (nats a token) that each linear had at the probe's rounding.
+        divergence: each linear's own part of the KL (nats a token) at the probe's rounding.
         predicted: KL divergence expected of the chosen schemes; only its order is to be trusted.
     """
 
@@ -155,14 +154,14 @@ def allocate(
     scheme: QuantScheme,
     target_bpw: float,
     tokens: Tensor,
-    gptq: GPTQConfig,
+    options: SolverOptions,
     log: Log,
 ) -> Allocation:
     """Choose a scheme for each of ``linears`` so that together they take at most ``target_bpw`` bits a weight.
 
     See :func:`choices_of`. Raises ValueError when even the smallest candidates take more (see :func:`check_budget`).
     """
-    found = choices_of(source, linears, (), scheme, tokens, gptq, log)
+    found = choices_of(source, linears, (), scheme, tokens, options, log)
     return found.within(int(target_bpw * sum(m.weights for m in linears) / 8))
 
 
@@ -172,7 +171,7 @@ def choices_of(
     tables: Sequence[Matrix],
     scheme: QuantScheme,
     tokens: Tensor,
-    gptq: GPTQConfig,
+    options: SolverOptions,
     log: Log,
 ) -> Choices:
     """Candidates of each matrix, their sizes and costs.
@@ -183,12 +182,11 @@ def choices_of(
         tables: embedding and head, where they are to be chosen too.
         scheme: says whether grids are symmetric.
         tokens: i64[n, seqlen] calibration windows.
-        gptq: how linears are rounded to be measured.
+        options: how linears are rounded to be measured.
         log: gets lines of progress.
     """
     probe = QuantScheme(PROBE_BITS, 128, scheme.sym)
-    divergence = measured(source, linears, tables, probe, tokens, gptq, log)
-    shares = believed(divergence, {m.name: m.weights for m in (*linears, *tables)})
+    divergence = measured(source, linears, tables, probe, tokens, options, log)
     found = Choices([], [], [], [], divergence)
     for m in (*linears, *tables):
         candidates = _table_sizes(m) if m in tables else _sizes(m, scheme)
@@ -197,14 +195,8 @@ def choices_of(
         found.names.append(m.name)
         found.schemes.append([s for s, _ in candidates])
         found.sizes.append([size for _, size in candidates])
-        found.costs.append([shares[m.name] * e / max(error, 1e-30) for e in errors])
+        found.costs.append([divergence[m.name] * e / max(error, 1e-30) for e in errors])
     return found
-
-
-def believed(divergence: Mapping[str, float], weights: Mapping[str, int]) -> dict[str, float]:
-    """The shares of ``divergence``, none below LEAST_SHARE of what its number of weights would have."""
-    mean = sum(max(d, 0.0) for d in divergence.values()) / sum(weights.values())
-    return {name: max(d, LEAST_SHARE * mean * weights[name]) for name, d in divergence.items()}
 
 
 def with_schemes(linears: Sequence[Matrix], schemes: Mapping[str, QuantScheme]) -> list[Matrix]:
