@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
+from llmq.calibration import CalibrationSet
 from llmq.checkpoint import is_weight_file
 from llmq.config import BITS, BudgetConfig, QuantScheme, parse_size
 from llmq.models.load import SourceModel
@@ -153,7 +153,7 @@ def allocate(
     linears: Sequence[Matrix],
     scheme: QuantScheme,
     target_bpw: float,
-    tokens: Tensor,
+    texts: CalibrationSet,
     options: SolverOptions,
     log: Log,
 ) -> Allocation:
@@ -161,7 +161,7 @@ def allocate(
 
     See :func:`choices_of`. Raises ValueError when even the smallest candidates take more (see :func:`check_budget`).
     """
-    found = choices_of(source, linears, (), scheme, tokens, options, log)
+    found = choices_of(source, linears, (), scheme, texts, options, log)
     return found.within(int(target_bpw * sum(m.weights for m in linears) / 8))
 
 
@@ -170,7 +170,7 @@ def choices_of(
     linears: Sequence[Matrix],
     tables: Sequence[Matrix],
     scheme: QuantScheme,
-    tokens: Tensor,
+    texts: CalibrationSet,
     options: SolverOptions,
     log: Log,
 ) -> Choices:
@@ -181,12 +181,12 @@ def choices_of(
         linears: with their shapes.
         tables: embedding and head, where they are to be chosen too.
         scheme: says whether grids are symmetric.
-        tokens: i64[n, seqlen] calibration windows.
+        texts: calibration windows.
         options: how linears are rounded to be measured.
         log: gets lines of progress.
     """
     probe = QuantScheme(PROBE_BITS, 128, scheme.sym)
-    divergence = measured(source, linears, tables, probe, tokens, options, log)
+    divergence = measured(source, linears, tables, probe, texts, options, log)
     found = Choices([], [], [], [], divergence)
     for m in (*linears, *tables):
         candidates = _table_sizes(m) if m in tables else _sizes(m, scheme)

@@ -10,13 +10,14 @@ from torch import nn
 
 from llmq.blockwise import BlockRunner
 from llmq.calibration import CalibrationSet
+from llmq.calibration.windows import pieces_of
 from llmq.checkpoint import CheckpointWriter, matrix_tensors
 from llmq.config import LEARNED_STEPS
 from llmq.job import Job, Probe
 from llmq.qtensor import QTensor
 from llmq.report import current_rss, duration, size
 from llmq.rounding import MOST_BITS, Windows, learn_rounding
-from llmq.tune import pieces_of, tune
+from llmq.tune import PIECE, tune
 
 # Share of the time that rounding may take where the whole model is tuned afterwards.
 ROUNDING_SHARE = 0.5
@@ -101,7 +102,7 @@ def tuning(job: Job, writer: CheckpointWriter, texts: CalibrationSet, probe: Pro
         return probe
     taught, judging = texts.tokens[: -job.n_held], texts.tokens[-job.n_held :]
     taught = torch.cat([taught, texts.more]) if len(texts.more) else taught
-    train, held = (pieces_of(t, bos=texts.bos) for t in (taught, judging))
+    train, held = (pieces_of(t, PIECE, bos=texts.bos) for t in (taught, judging))
     tuned = tune(job.source, writer, job.plan.linears, train, held, seed=job.calib.seed, seconds=seconds, log=job.log)
     job.learned["tune"] = [tuned.report]
     job.learning_seconds += tuned.report["seconds"]

@@ -135,7 +135,7 @@ def quantize_model(
             seconds["statistics"] = round(time.perf_counter() - start - seconds["calibration"], 2)
         if budget.chooses and texts is not None:
             tables = job.plan.tables if budget.target_size else ()
-            found = choices_of(source, job.plan.linears, tables, scheme, texts.tokens, options, log)
+            found = choices_of(source, job.plan.linears, tables, scheme, texts, options, log)
             chosen = found.within(budget_bytes(source, job.plan, budget))
             job.use(chosen.schemes)
             job.divergence = chosen.divergence

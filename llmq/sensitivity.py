@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from llmq.blockwise import BlockRunner, block_inputs, verified_tails
+from llmq.calibration import CalibrationSet
+from llmq.calibration.windows import pieces_of
 from llmq.config import QuantScheme, RecipeConfig
 from llmq.models.load import SourceModel, materialize
 from llmq.plan import Matrix, table_scheme
@@ -33,7 +35,7 @@ PROBE_BITS = 3
 TABLE_PROBE_BITS = 4
 # Tokens that GPTQ is given, and windows of the backward passes: of other text where there is any, as what was fitted
 # looks better than it is. Each window is one draw of every share, hence many short ones.
-SOLVED_TOKENS, PROBES, PROBE_WINDOW = 16384, 64, 128
+SOLVED_TOKENS, PROBES, PROBE_WINDOW = 16384, 48, 256
 # Windows of those that GPTQ is given which judge the target's strength instead.
 HELD_WINDOWS = 1
 # Rows of a matrix that are in memory in fp32 at once.
@@ -50,7 +52,7 @@ def measured(
     linears: Sequence[Matrix],
     tables: Sequence[Matrix],
     probe: QuantScheme,
-    tokens: Tensor,
+    texts: CalibrationSet,
     options: SolverOptions,
     log: Log,
 ) -> dict[str, float]:
@@ -61,15 +63,13 @@ def measured(
         linears: of its blocks, rounded by GPTQ.
         tables: embedding and head where they are asked about, rounded to nearest as :func:`table_probe` says.
         probe: scheme of the linears.
-        tokens: i64[n, seqlen] windows.
+        texts: calibration windows.
         options: of the solver; of the recipe's steps only the target is taken.
         log: gets lines of progress.
     """
-    n, seqlen = tokens.shape
-    solved = tokens[: max(1, SOLVED_TOKENS // seqlen)]
-    width = min(PROBE_WINDOW, seqlen)
-    rest = tokens[len(solved) :] if n > len(solved) else tokens
-    windows = rest[:, : seqlen // width * width].reshape(-1, width)
+    n, seqlen = texts.tokens.shape
+    solved = texts.tokens[: max(1, SOLVED_TOKENS // seqlen)]
+    windows = pieces_of(texts.tokens[len(solved) :] if n > len(solved) else solved, PROBE_WINDOW, bos=texts.bos)
     windows = windows[:: max(1, len(windows) // PROBES)][:PROBES]
     log(f"bits by module: {solved.numel()} tokens to round to {probe}, {windows.numel()} through the model and back")
     rounded = _rounded(source, {m.name for m in linears}, probe, solved, options)

@@ -136,7 +136,7 @@ def smallest_model(
     """
     start = time.perf_counter()
     texts, windows = _texts(job)
-    choices = choices_of(job.source, job.plan.linears, (), job.scheme, texts.tokens, job.options, job.log)
+    choices = choices_of(job.source, job.plan.linears, (), job.scheme, texts, job.options, job.log)
     weights = sum(m.weights for m in job.plan.linears)
     low, high = (8 * sum(f(s) for s in choices.sizes) / weights for f in (min, max))
     search = Search(job.budget.max_kl, low, high)

@@ -51,18 +51,6 @@ class Tuned:
     leaving: Tensor
 
 
-def pieces_of(tokens: Tensor, *, bos: bool) -> Tensor:
-    """i64[m, PIECE] from windows i64[n, seqlen], each with the windows' BOS; shorter windows stay as they are."""
-    n, seqlen = tokens.shape
-    if seqlen <= PIECE:
-        return tokens
-    first = 1 if bos else 0
-    width = PIECE - first
-    count = (seqlen - first) // width
-    cut = tokens[:, first : first + count * width].reshape(n * count, width)
-    return torch.cat([tokens[:1, :first].expand(len(cut), first), cut], 1)
-
-
 def read_blocks(
     writer: CheckpointWriter, source: SourceModel, matrices: Sequence[Matrix], calls: Sequence[BlockCall]
 ) -> list[Block]:

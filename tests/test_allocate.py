@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import llmq
-from llmq import BudgetConfig, CalibConfig, QuantScheme, quantize_model
+from llmq import BudgetConfig, CalibConfig, QuantScheme, calibration, quantize_model
 from llmq.allocate import allocate, knapsack, read_plan
 from llmq.config import GPTQConfig
 from llmq.models.load import open_model
 from llmq.plan import Matrix, make_plan
+from llmq.report import silent
 from llmq.solvers import METHODS, SolverOptions
 
 CALIB = CalibConfig(calib="stdlib", nsamples=4, seqlen=48)
@@ -86,8 +87,8 @@ def test_what_matters_more_gets_more_bits(tiny_model, monkeypatch):
     loud = linears[3].name
     shares = {m.name: 1.0 if m.name == loud else 1e-3 for m in linears}
     monkeypatch.setattr("llmq.allocate.measured", lambda *_: shares)
-    tokens = torch.zeros(1, 8, dtype=torch.long)
-    chosen = allocate(source, linears, QuantScheme(4, 32), 3.5, tokens, SolverOptions(), lambda _: None)
+    texts = calibration.load(CALIB, source.tokenizer, log=silent)
+    chosen = allocate(source, linears, QuantScheme(4, 32), 3.5, texts, SolverOptions(), lambda _: None)
     assert chosen.schemes[loud].bits == 8
     assert min(s.bits for s in chosen.schemes.values()) < 4
 

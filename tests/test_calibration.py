@@ -782,3 +782,11 @@ def test_self_without_a_sampler(tokenizer: Any) -> None:
 def test_a_sampler_of_the_wrong_shape(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match=r"the sampler gave torch.int64\[2, 9\], expected torch.int64\[3, 16\]"):
         load(CalibConfig("self", 3, 16), tokenizer, sampler=lambda *_: torch.zeros(2, 9, dtype=torch.int64))
+
+
+def test_pieces_of_long_windows_begin_as_the_windows_do():
+    given = torch.tensor([[1, 10, 11, 12, 13, 14, 15, 16], [1, 20, 21, 22, 23, 24, 25, 26]])
+    want = [[1, 10, 11, 12], [1, 13, 14, 15], [1, 20, 21, 22], [1, 23, 24, 25]]
+    assert windows.pieces_of(given, 4, bos=True).tolist() == want
+    assert windows.pieces_of(given, 4, bos=False).tolist() == [[*w[:4]] for w in given.view(4, 4).tolist()]
+    assert torch.equal(windows.pieces_of(given[:, :3], 4, bos=True), given[:, :3])

@@ -70,11 +70,11 @@ def test_what_is_measured_is_the_model_that_gptq_rounds(tiny_model, tmp_path, fa
     """The shares are those of the weights that a run with the same steps on the same windows leaves."""
     folder, recipe = tiny_model(family), RecipeConfig(preset="fast", only=steps)
     source, linears, probe = open_model(folder), linears_of(folder), QuantScheme(3, 32)
-    tokens = calibration.load(CALIB, source.tokenizer, log=silent).tokens
-    got = measured(source, linears, (), probe, tokens, SolverOptions(recipe=recipe), silent)
+    texts = calibration.load(CALIB, source.tokenizer, log=silent)
+    got = measured(source, linears, (), probe, texts, SolverOptions(recipe=recipe), silent)
     out = quantize_model(folder, probe, output=tmp_path / "o", recipe=recipe, calib=CALIB).folder
     rounded = {m.name: read_qtensor(out, m.name, m.n, m.k, probe) for m in linears}
-    want = divergences(source, rounded, tokens)
+    want = divergences(source, rounded, texts.tokens)
     assert got.keys() == want.keys()
     for name, share in got.items():
         assert share == pytest.approx(want[name], rel=1e-4, abs=1e-6 * sum(map(abs, want.values()))), name
@@ -88,8 +88,7 @@ def test_tables_are_measured_where_they_are_asked_about(tiny_model, monkeypatch)
     seen = {}
     monkeypatch.setattr(sensitivity, "CHUNK_ROWS", 30)  # more than one piece, the last one shorter
     monkeypatch.setattr(sensitivity, "divergences", lambda _source, rounded, _windows: seen.update(rounded) or {})
-    tokens = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
-    measured(source, (), (table,), QuantScheme(3, 32), tokens, FAST, silent)
+    measured(source, (), (table,), QuantScheme(3, 32), calibration.load(CALIB, source.tokenizer), FAST, silent)
     assert seen[table.name].digest() == rtn.solve(weight.float(), table_probe(table)).digest()
 
 
@@ -101,10 +100,12 @@ def test_text_that_was_not_fitted_is_what_measures(tiny_model, monkeypatch):
     seen = []
     monkeypatch.setattr(sensitivity, "_rounded", lambda _s, _n, _p, tokens, _g: seen.append(tokens) or {})
     monkeypatch.setattr(sensitivity, "divergences", lambda _s, _r, windows: seen.append(windows) or {})
-    tokens = torch.arange(8 * 24).reshape(8, 24)
-    measured(source, (), (), QuantScheme(3, 32), tokens, FAST, silent)
+    texts = calibration.load(dataclasses.replace(CALIB, nsamples=8, seqlen=24), source.tokenizer, log=silent)
+    assert texts.bos
+    measured(source, (), (), QuantScheme(3, 32), texts, FAST, silent)
     solved, windows = seen
-    assert torch.equal(solved, tokens[:2])
+    assert torch.equal(solved, texts.tokens[:2])
     assert windows.shape == (4, 12)
-    assert int(windows.min()) >= 48
-    assert set(windows[:, 0].tolist()) <= set(range(0, 192, 12))
+    assert set(windows[:, 0].tolist()) == {int(texts.tokens[0, 0])}  # BOS in each: without it Gemma is another model
+    unseen = texts.tokens[2:, 1:].reshape(6, -1)[:, :22].reshape(12, 11).tolist()
+    assert all(row in unseen for row in windows[:, 1:].tolist())

@@ -257,15 +257,6 @@ def test_what_is_not_finite_stops_with_a_name(solved, monkeypatch):
         tuned(solved)
 
 
-def test_pieces_of_long_windows_begin_as_the_windows_do(monkeypatch):
-    monkeypatch.setattr(tune, "PIECE", 4)
-    windows = torch.tensor([[1, 10, 11, 12, 13, 14, 15, 16], [1, 20, 21, 22, 23, 24, 25, 26]])
-    want = [[1, 10, 11, 12], [1, 13, 14, 15], [1, 20, 21, 22], [1, 23, 24, 25]]
-    assert tune.pieces_of(windows, bos=True).tolist() == want
-    assert tune.pieces_of(windows, bos=False).tolist() == [[*w[:4]] for w in windows.view(4, 4).tolist()]
-    assert torch.equal(tune.pieces_of(windows[:, :3], bos=True), windows[:, :3])
-
-
 def test_a_run_publishes_what_was_tuned(tiny_model, tmp_path):
     """The folder holds what was tuned (the check compares hidden states and digests), the same bytes every time."""
     results = [

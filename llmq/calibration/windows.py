@@ -178,6 +178,18 @@ def cut(tokens: Tensor, seqlen: int, bos: int | None) -> Tensor:
     return windows.clone() if bos is None else torch.cat([torch.full((n, 1), bos), windows], dim=1)
 
 
+def pieces_of(tokens: Tensor, width: int, *, bos: bool) -> Tensor:
+    """i64[m, width] from windows i64[n, seqlen], each with the windows' BOS; shorter windows stay as they are."""
+    n, seqlen = tokens.shape
+    if seqlen <= width:
+        return tokens
+    first = 1 if bos else 0
+    own = width - first
+    count = (seqlen - first) // own
+    pieces = tokens[:, first : first + count * own].reshape(n * count, own)
+    return torch.cat([tokens[:1, :first].expand(len(pieces), first), pieces], 1)
+
+
 def draw(windows: Tensor, n_samples: int, seed: int) -> tuple[Tensor, Tensor]:
     """``n_samples`` rows of i64[n, seqlen], drawn without replacement, and the others, in the order of the text."""
     n = windows.shape[0]
