@@ -20,7 +20,7 @@ from llmq.config import BITS, BudgetConfig, QuantScheme, parse_size
 from llmq.models.load import SourceModel
 from llmq.plan import Matrix, Plan, memory_bytes, table_scheme
 from llmq.report import Log
-from llmq.sensitivity import PROBE_BITS, PROBE_WINDOW, measured, table_probe
+from llmq.sensitivity import PROBE_BITS, measured, memory_needed, table_probe
 from llmq.solvers import SolverOptions, rtn
 
 GROUP_SIZES = (32, 64, 128)
@@ -229,8 +229,7 @@ def _squared_errors(source: SourceModel, m: Matrix, schemes: Sequence[QuantSchem
 
 def _check_memory(source: SourceModel, linears: Sequence[Matrix], weights: int, flag: str) -> None:
     """Raise ValueError when the whole model and its gradients do not fit into this machine's memory."""
-    vocabulary = int(source.config.get_text_config().vocab_size)
-    need = 4 * weights + 6 * sum(m.weights for m in linears) + 4 * 4 * PROBE_WINDOW * vocabulary
+    need = memory_needed(source, linears, weights)
     if need > memory_bytes():
         raise ValueError(
             f"{flag} needs the whole model and gradients in memory: {need / 2**30:.1f} GiB, and this machine has "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmq import calibration
+from llmq import calibration, sensitivity
 from llmq.blockwise import Observed
 from llmq.config import LEARNED_STEPS, BudgetConfig, CalibConfig, QuantScheme, RuntimeConfig, parse_size
 from llmq.kv_budget import Choice, context_of, of_source
@@ -152,6 +152,10 @@ class Job:
         if "tune" in self.steps:
             n_tokens = (self.calib.nsamples + self.calib.tune_samples) * self.calib.seqlen
             needed = BASE_BYTES + memory_needed(self.source, self.plan.linears, n_tokens)
+            self.plan.peak_bytes = max(self.plan.peak_bytes, needed)
+        if self.budget.chooses:
+            matrices = [*self.plan.linears, *(self.plan.tables if self.budget.target_size else ())]
+            needed = BASE_BYTES + sensitivity.memory_needed(self.source, matrices, self.plan.weights)
             self.plan.peak_bytes = max(self.plan.peak_bytes, needed)
         if set(LEARNED_STEPS) & set(self.steps):
             self.plan.learning_seconds = 60 * self.options.recipe.max_time

@@ -78,6 +78,12 @@ def measured(
     return divergences(source, rounded, windows)
 
 
+def memory_needed(source: SourceModel, matrices: Sequence[Matrix], weights: int) -> int:
+    """Bytes that this takes: the model of ``weights`` in fp32; matrices' codes, change, gradient; a window's logits."""
+    vocabulary = int(source.config.get_text_config().vocab_size)
+    return 4 * weights + 7 * sum(m.weights for m in matrices) + 7 * 4 * PROBE_WINDOW * vocabulary
+
+
 @torch.no_grad()
 def _rounded(
     source: SourceModel, names: set[str], probe: QuantScheme, tokens: Tensor, options: SolverOptions

@@ -9,7 +9,8 @@ import torch
 import llmq
 from llmq import BudgetConfig, CalibConfig, QuantScheme, calibration, quantize_model
 from llmq.allocate import allocate, knapsack, read_plan
-from llmq.config import GPTQConfig
+from llmq.config import GPTQConfig, RuntimeConfig
+from llmq.job import Job
 from llmq.models.load import open_model
 from llmq.plan import Matrix, make_plan
 from llmq.report import silent
@@ -106,6 +107,22 @@ def test_a_plan_that_does_not_fit(tmp_path, text, message):
     (tmp_path / "p.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_plan(tmp_path / "p.json", [Matrix("model.layers.0.mlp.up_proj", 8, 8, QuantScheme())])
+
+
+@pytest.mark.parametrize("budget", [{}, {"target_bpw": 3.5}, {"target_size": "600M"}, {"max_kl": 0.1}])
+def test_the_plan_says_what_choosing_takes(tiny_model, monkeypatch, budget):
+    asked = []
+
+    def needed(_source, matrices, _weights):
+        asked.append([m.name for m in matrices])
+        return 1 << 40
+
+    monkeypatch.setattr("llmq.sensitivity.memory_needed", needed)
+    arguments = (open_model(tiny_model("llama")), QuantScheme(4, 32), 16, METHODS["gptq"], SolverOptions(), CALIB)
+    job = Job(*arguments, RuntimeConfig(), silent, BudgetConfig(**budget))
+    assert (job.plan.peak_bytes > 1 << 40) == bool(budget)
+    tables = job.plan.tables if "target_size" in budget else []
+    assert asked == ([[m.name for m in (*job.plan.linears, *tables)]] if budget else [])
 
 
 @pytest.mark.parametrize(
