@@ -30,7 +30,7 @@ from llmq.qtensor import QTensor, dequantize
 from llmq.report import Log, release_memory
 from llmq.solvers import SOLVERS, Problem, SolverOptions, rtn
 
-# The rounding at which the divergence is measured: large enough to see, small enough for first order.
+# The rounding at which the divergence is measured: large enough to see, small enough for second order.
 PROBE_BITS = 3
 TABLE_PROBE_BITS = 4
 # Tokens that GPTQ is given, and windows of the backward passes: of other text where there is any, as what was fitted
@@ -161,7 +161,8 @@ def divergences(
             functional.cross_entropy(logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
         for name, weight in weights.items():
             assert weight.grad is not None
-            score = float(torch.dot(weight.grad.flatten(), changes[name].flatten().float()))
+            parts = zip(weight.grad.split(CHUNK_ROWS), changes[name].split(CHUNK_ROWS), strict=True)
+            score = sum(float(torch.sum(g * d, dtype=torch.float64)) for g, d in parts)
             shares[name] += score**2 / (2 * windows.numel())
             weight.grad = None
             if not math.isfinite(shares[name]):
