@@ -70,7 +70,8 @@ def measured(
     n, seqlen = texts.tokens.shape
     solved = texts.tokens[: max(1, SOLVED_TOKENS // seqlen)]
     windows = pieces_of(texts.tokens[len(solved) :] if n > len(solved) else solved, PROBE_WINDOW, bos=texts.bos)
-    windows = windows[:: max(1, len(windows) // PROBES)][:PROBES]
+    # Little text is drawn on several times: a draw of each share alone is worth next to nothing.
+    windows = windows[:: max(1, len(windows) // PROBES)].repeat(-(-PROBES // len(windows)), 1)[:PROBES]
     log(f"bits by module: {solved.numel()} tokens to round to {probe}, {windows.numel()} through the model and back")
     rounded = _rounded(source, {m.name for m in linears}, probe, solved, options)
     for table in tables:

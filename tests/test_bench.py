@@ -384,7 +384,7 @@ def test_int8_peak_runs_where_there_is_a_compiler() -> None:
 
 def test_int8_peak_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.shutil, "which", lambda _: None)
-    monkeypatch.setattr(machine, "flags", lambda: {"avx2"})
+    monkeypatch.setattr(machine.cpuinfo, "flags", lambda: {"avx2"})
     assert "no C compiler" in machine.int8_peak(1).instruction
 
 
