@@ -148,23 +148,6 @@ class Choices:
         return Allocation(schemes, self.divergence, predicted)
 
 
-def allocate(
-    source: SourceModel,
-    linears: Sequence[Matrix],
-    scheme: QuantScheme,
-    target_bpw: float,
-    texts: CalibrationSet,
-    options: SolverOptions,
-    log: Log,
-) -> Allocation:
-    """Choose a scheme for each of ``linears`` so that together they take at most ``target_bpw`` bits a weight.
-
-    See :func:`choices_of`. Raises ValueError when even the smallest candidates take more (see :func:`check_budget`).
-    """
-    found = choices_of(source, linears, (), scheme, texts, options, log)
-    return found.within(int(target_bpw * sum(m.weights for m in linears) / 8))
-
-
 def choices_of(
     source: SourceModel,
     linears: Sequence[Matrix],

@@ -8,7 +8,7 @@ import torch
 
 import llmq
 from llmq import BudgetConfig, CalibConfig, QuantScheme, calibration, quantize_model
-from llmq.allocate import allocate, knapsack, read_plan
+from llmq.allocate import choices_of, knapsack, read_plan
 from llmq.config import GPTQConfig, RuntimeConfig
 from llmq.job import Job
 from llmq.models.load import open_model
@@ -89,7 +89,8 @@ def test_what_matters_more_gets_more_bits(tiny_model, monkeypatch):
     shares = {m.name: 1.0 if m.name == loud else 1e-3 for m in linears}
     monkeypatch.setattr("llmq.allocate.measured", lambda *_: shares)
     texts = calibration.load(CALIB, source.tokenizer, log=silent)
-    chosen = allocate(source, linears, QuantScheme(4, 32), 3.5, texts, SolverOptions(), lambda _: None)
+    choices = choices_of(source, linears, (), QuantScheme(4, 32), texts, SolverOptions(), silent)
+    chosen = choices.within(int(3.5 * sum(m.weights for m in linears) / 8))
     assert chosen.schemes[loud].bits == 8
     assert min(s.bits for s in chosen.schemes.values()) < 4
 
