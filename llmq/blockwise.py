@@ -218,10 +218,10 @@ class BlockRunner:
         assert isinstance(result, Tensor)
         return result
 
-    def answered(self, tail: Tail, output: Tensor) -> Tensor:
-        """The block's output for window 0 when the tail's submodule answers with ``output``."""
+    def answered(self, i: int, tail: Tail, output: Tensor) -> Tensor:
+        """The block's output for window i when the tail's submodule answers with ``output``."""
         with answering(self.block.get_submodule(tail.submodule), lambda *_args, **_kwargs: tail.answer(output)):
-            return self.run(0)
+            return self.run(i)
 
     def input_of(self, name: str, i: int) -> Tensor:
         """What reaches the linear ``name`` for window i, f32[1, seqlen, in_features]; the block is run up to there."""
@@ -239,13 +239,16 @@ class BlockRunner:
         raise AssertionError(f"{name} was not called")
 
     @torch.no_grad()
-    def observe(self, group: Sequence[str], teacher: BlockRunner | None = None, n_held: int = 0) -> Observed:
+    def observe(
+        self, group: Sequence[str], teacher: BlockRunner | None = None, n_held: int = 0, *, last: bool = False
+    ) -> Observed:
         """Input statistics of a group of linears that share their input, up to which the block is run.
 
         Args:
             group: the linears.
             teacher: the original block on the original model's hidden states; its inputs are paired with this one's.
             n_held: the last windows, whose statistics are kept apart.
+            last: nothing else of the block is observed: the teacher advances, window by window, which keeps less.
         """
         linear = self.block.get_submodule(group[0])
         assert isinstance(linear, nn.Linear)
@@ -260,10 +263,15 @@ class BlockRunner:
             (train if held is None or i < n - n_held else held).add(*inputs, counts=self._counts(group, i))
             if keep:
                 self._kept.append(inputs[0])
+            if teacher is not None and keep:
                 # The teacher's weights are final: its output is known now, and narrower than the input.
                 with fast_linears():
-                    outputs += [] if teacher is None else [teacher.block.get_submodule(group[0])(inputs[1])]
-        if teacher is not None and keep:
+                    outputs.append(teacher.block.get_submodule(group[0])(inputs[1]))
+            if teacher is not None and last:
+                teacher._advance(i, (self.tails[group[0]], outputs.pop()) if keep else None)
+        if teacher is not None and last:
+            teacher.forget()
+        elif teacher is not None and keep:
             teacher._settled.append((self.tails[group[0]], outputs))
         return Observed(train, held)
 
@@ -310,10 +318,14 @@ class BlockRunner:
     def advance(self) -> None:
         """Replace the hidden states by the block's outputs: the next block's inputs."""
         for i in range(len(self.hidden)):
-            self.hidden[i] = self.run(i)
-            for _, outputs in self._settled:
-                outputs[i] = torch.empty(0)
+            self._advance(i)
         self._settled = []
+
+    def _advance(self, i: int, known: tuple[Tail, Tensor] | None = None) -> None:
+        """Window i of :meth:`advance`; ``known``: a submodule's output besides those that are remembered."""
+        self.hidden[i] = self.run(i) if known is None else self.answered(i, *known)
+        for _, outputs in self._settled:
+            outputs[i] = torch.empty(0)
 
 
 @torch.no_grad()
@@ -337,6 +349,6 @@ def verified_tails(runner: BlockRunner, family: ModelFamily) -> dict[str, Tail]:
         output = seen[submodule]
         first, *rest = output if isinstance(output, tuple) else (output,)
         tail = Tail(submodule, len(rest) if isinstance(output, tuple) else None)
-        if torch.equal(first, seen[linear]) and torch.equal(runner.answered(tail, first), whole):
+        if torch.equal(first, seen[linear]) and torch.equal(runner.answered(0, tail, first), whole):
             tails[linear] = tail
     return tails

@@ -23,10 +23,11 @@ from llmq.dialects.stored import Stored
 from llmq.dialects.targets import CONFIG_FILES, TARGETS, Places, Target
 from llmq.formats import FORMATS, Inexact
 from llmq.formats.row import full_zeros
+from llmq.memory import peak_rss
 from llmq.models.families import family_of
 from llmq.models.load import embedding_names
 from llmq.qtensor import QTensor, minmax_grid, quantize
-from llmq.report import Log, load_lines, mean_errors, peak_rss, silent, size, versions
+from llmq.report import Log, load_lines, mean_errors, silent, size, versions
 
 # Tensors of a shard are held together until it is written: small ones keep the peak near that of the largest matrix.
 SHARD_BYTES = 1 << 28

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from llmq.blockwise import BlockCall, Weights, block_inputs, run_block
 from llmq.distill import Head
+from llmq.memory import current_rss
 from llmq.models.load import SourceModel, materialize
 from llmq.products import fast_linears
-from llmq.report import Log, current_rss, duration, size
+from llmq.report import Log, duration, size
 
 # Windows whose block inputs are held in memory together, bytes at most: all blocks are read once for them, forth and
 # back.

@@ -14,8 +14,9 @@ from llmq.calibration.windows import pieces_of
 from llmq.checkpoint import CheckpointWriter, matrix_tensors
 from llmq.config import LEARNED_STEPS
 from llmq.job import Job, Probe
+from llmq.memory import current_rss
 from llmq.qtensor import QTensor
-from llmq.report import current_rss, duration, size
+from llmq.report import duration, size
 from llmq.rounding import MOST_BITS, Windows, learn_rounding
 from llmq.tune import PIECE, tune
 

@@ -29,6 +29,7 @@ from llmq.config import (
 )
 from llmq.importance import token_weights
 from llmq.job import Job, Probe, calibration_texts
+from llmq.memory import peak_rss, release_memory
 from llmq.models.digest import model_digest
 from llmq.models.load import materialize
 from llmq.plan import kept_dtype
@@ -38,9 +39,7 @@ from llmq.report import (
     block_line,
     build_report,
     model_card,
-    peak_rss,
     plan_table,
-    release_memory,
     silent,
     summary,
     versions,
@@ -286,7 +285,8 @@ def _quantize_block(
         observed = job.banked(f"{name}.{group[0]}")
         if runner is not None:
             paired = teacher if _repairs(job) else None
-            observed = Observed(shared[group[0]]) if shared else runner.observe(group, paired, _n_held(job))
+            last = group is groups[-1]
+            observed = Observed(shared[group[0]]) if shared else runner.observe(group, paired, _n_held(job), last=last)
         for linear_name in group:
             linear = block.get_submodule(linear_name)
             assert isinstance(linear, nn.Linear)
@@ -295,7 +295,7 @@ def _quantize_block(
             errors += [row["error"]] if row["error"] is not None else []
         if runner is not None:
             runner.settle(group)
-    if teacher is not None:
+    if teacher is not None and not _repairs(job):
         teacher.advance()
     if runner is not None:
         if teacher is not None and learn.learns(job, "rounding"):

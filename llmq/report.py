@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -14,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmq.checkpoint import REPORT_NAME
+from llmq.memory import current_rss, peak_rss
 from llmq.plan import Matrix, Plan
 
 Log = Callable[[str], None]
@@ -34,28 +31,6 @@ def duration(seconds: float) -> str:
     if s < 90:
         return f"{s} s"
     return f"{s // 60} min {s % 60:02d} s" if s < 5400 else f"{s // 3600} h {s % 3600 // 60:02d} min"
-
-
-def release_memory() -> None:
-    """Give what was freed back to the system, where the C library keeps it (glibc does)."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
-
-
-def peak_rss() -> int:
-    """Largest resident memory of this process so far, bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def current_rss() -> int:
-    """Resident memory of this process now, bytes (the peak where the system does not tell)."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        return peak_rss()
-    return int(statm.read_text().split()[1]) * resource.getpagesize()
 
 
 def plan_table(plan: Plan, *, model: str, family: str, method: str, calibration: str, output: Path) -> str:

@@ -23,11 +23,12 @@ from llmq.blockwise import BlockRunner, block_inputs, verified_tails
 from llmq.calibration import CalibrationSet
 from llmq.calibration.windows import pieces_of
 from llmq.config import QuantScheme, RecipeConfig
+from llmq.memory import release_memory
 from llmq.models.load import SourceModel, materialize
 from llmq.plan import Matrix, table_scheme
 from llmq.products import learning_linears
 from llmq.qtensor import QTensor, dequantize
-from llmq.report import Log, release_memory
+from llmq.report import Log
 from llmq.solvers import SOLVERS, Problem, SolverOptions, rtn
 
 # The rounding at which the divergence is measured: large enough to see, small enough for second order.
@@ -102,7 +103,8 @@ def _rounded(
             runner.tails = tails
             teacher = BlockRunner(copy.deepcopy(block), calls[i], originals, tails) if repairs else None
             for group in source.groups:
-                seen = runner.observe(group, teacher, HELD_WINDOWS if repairs else 0)
+                last = group is source.groups[-1]
+                seen = runner.observe(group, teacher, HELD_WINDOWS if repairs else 0, last=last)
                 for local in group:
                     name, linear = f"{block_name}.{local}", block.get_submodule(local)
                     assert isinstance(linear, nn.Linear)
@@ -112,8 +114,6 @@ def _rounded(
                         found[name] = SOLVERS["gptq"](problem, options).qtensor
                         linear.weight.copy_(found[name].dequantize())
                 runner.settle(group)
-            if teacher is not None:
-                teacher.advance()
             runner.advance()
     return found
 

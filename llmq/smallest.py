@@ -26,8 +26,9 @@ from llmq.calibration.windows import digest
 from llmq.checkpoint import REPORT_NAME, CheckpointWriter, check_output, replace_folder, write_json
 from llmq.job import Job, calibration_texts
 from llmq.likelihood import score
+from llmq.memory import release_memory
 from llmq.plan import Plan
-from llmq.report import duration, release_memory
+from llmq.report import duration
 from llmq.score import Estimate
 
 # Whole runs at most, and the bits a weight between a try that kept the target and one that did not at which it ends.

@@ -20,10 +20,11 @@ from torch import Tensor
 from llmq.blockwise import BlockCall, block_inputs
 from llmq.checkpoint import CheckpointWriter, matrix_from_tensors, matrix_layout
 from llmq.distill import LOGITS_BYTES, TEACHER_BATCH, VOCABULARY, Head, Teacher
+from llmq.memory import current_rss
 from llmq.models.load import SourceModel
 from llmq.plan import Matrix
 from llmq.qtensor import QTensor
-from llmq.report import Log, current_rss, duration, size
+from llmq.report import Log, duration, size
 from llmq.student import GRAPH_BYTES, Block, Linear, Student, Vector
 
 # Tokens of a piece of text. Longer windows are cut: more steps on the same text bring more than longer context does.

@@ -32,9 +32,11 @@ from llmq import (
 from llmq.config import KVCacheConfig, replace
 from llmq.models.families import FAMILIES
 from llmq.runtime.causal_lm import graph_class
+from llmq.runtime.floats import to_floats
 from llmq.runtime.native import NativeDecoder
 from llmq.runtime.parts import Unsupported
-from llmq.runtime.qlinear import QLinear
+from llmq.runtime.qlinear import QLinear, TiedHead
+from llmq.solvers import rtn
 
 NATIVE = [f.name for f in FAMILIES if f.native]
 TIMES_ROUNDING = 8
@@ -118,6 +120,29 @@ def test_logits_are_those_of_the_graph_with_dequantized_weights(folders, family:
         expected = graph_logits(plain, row)
         assert (actual - expected).abs().max() <= limit
         assert (actual - 1.01 * expected).abs().max() > limit  # one percent off would be seen
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_a_model_turned_into_floats_is_the_graph_with_dequantized_weights(folders, family: str) -> None:
+    model, (row,) = load(folders(family)), ids_of(50)
+    plain = dequantized(model, folders(family))
+    to_floats(model)
+    assert type(model) is type(plain)
+    assert not any(isinstance(m, QLinear | TiedHead) for m in model.modules())
+    # The same operations in the same order: nothing but an embedding's scale may round differently.
+    assert torch.equal(graph_logits(model, row), graph_logits(plain, row))
+
+
+def test_columns_in_another_order_are_put_back_in_floats() -> None:
+    linear, x = QLinear(64, 48, QuantScheme(4, 32), bias=True, activation_bits=16), torch.randn(3, 64)
+    linear.set_qtensor(rtn.solve(torch.randn(48, 64), linear.scheme))
+    linear.bias.data.normal_()
+    linear.column_order = torch.randperm(64)
+    expected, model = linear(x), torch.nn.Sequential(linear)
+    to_floats(model)
+    # 64 products in fp32, in two orders.
+    assert (model(x) - expected).abs().max() <= 64 * 2**-24 * expected.abs().max() * 8
+    assert (1.01 * model(x) - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("family", NATIVE)

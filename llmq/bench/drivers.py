@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmq.bench.engines import Engine, Program
-from llmq.bench.machine import peak_memory
+from llmq.memory import peak_of
 
 MARK = "llmq-bench-result "  # begins the one line of a worker's output that is its result
 LOOK_SECONDS = 0.02  # between two looks at a process and its memory
@@ -108,7 +108,7 @@ def run_process(command: list[str], threads: int) -> Finished:
         peak = 0
         try:
             while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
-                peak = max(peak, peak_memory(process.pid))
+                peak = max(peak, peak_of(process.pid))
                 time.sleep(LOOK_SECONDS)
         except BaseException:
             process.kill()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -111,19 +110,6 @@ def int8_peak(threads: int) -> Peak:
         run = subprocess.run([program, str(threads), str(found[0])], capture_output=True, text=True, check=True)
     name, rate = run.stdout.split()
     return Peak(float(rate), name)
-
-
-def peak_memory(process: int | str = "self") -> int:
-    """Largest resident memory of a process so far, bytes; 0 where /proc does not say or the process has ended.
-
-    Not ``ru_maxrss``: what wait4 gives for a child includes the parent's own size at the fork.
-    """
-    try:
-        text = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
-    except OSError:
-        return 0
-    found = re.search(r"^VmHWM:\s*(\d+) kB", text, flags=re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from llmq.bench.drivers import BATCH_PROMPT, MARK
-from llmq.bench.machine import peak_memory
 from llmq.bench.peers import OnnxGenai, OpenVino
+from llmq.memory import peak_rss
 
 WARM_UP = 16  # tokens of the first prompt, which is not timed
 
@@ -216,7 +216,7 @@ BACKENDS: dict[str, Callable[..., Session]] = {
 def run(order: dict[str, Any]) -> dict[str, Any]:
     """Load, warm up, measure what the order's plan says; the fields of ``drivers.Result`` that the worker knows."""
     plan, backend = order.pop("plan"), BACKENDS[order.pop("backend")]
-    start_bytes = peak_memory()
+    start_bytes = peak_rss()
     start = time.perf_counter()
     session = backend(**order)
     load_seconds = time.perf_counter() - start

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import resource
 import sys
 import time
@@ -24,6 +25,14 @@ from torch import Tensor, nn
 Job = dict[str, Any]
 
 
+def peak_bytes() -> int:
+    """Largest resident memory of this process. ``ru_maxrss`` begins with what the process that started it had."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(status.read_text(encoding="ascii").split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def load(job: Job) -> Any:
     """The unquantized model in fp32."""
     return transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, local_files_only=True)
@@ -34,8 +43,16 @@ def save_plain(job: Job, quantized: Any) -> None:
     plain, found = load(job), dict(quantized.named_modules())
     for name, module in plain.named_modules():
         if isinstance(module, nn.Linear) and name in found and name != "lm_head":
-            module.weight.data.copy_(found[name].weight.data.float())
+            module.weight.data.copy_(weight_of(found[name]).data.float())
     plain.save_pretrained(Path(job["folder"]) / "plain")
+
+
+def weight_of(module: Any) -> Tensor:
+    """[N, K], the values of a linear that holds them, or integers and scales in GPTQModel's way."""
+    if hasattr(module, "dequantize_weight"):
+        module.scales = module.scales.float()  # scale times integer in fp32, not rounded to the scales' 16 bits
+    values: Tensor = module.dequantize_weight().T if hasattr(module, "dequantize_weight") else module.weight
+    return values
 
 
 def autoround(job: Job, tokens: Tensor) -> None:
@@ -82,8 +99,30 @@ def llmcompressor(job: Job, tokens: Tensor) -> None:
     model.save_pretrained(Path(job["folder"]) / "packed", save_compressed=True)
 
 
-FUNCTIONS: dict[str, Callable[[Job, Tensor], None]] = {"autoround": autoround, "llmcompressor": llmcompressor}
-PACKAGES = ("torch", "transformers", "auto-round", "llmcompressor", "compressed-tensors")
+def gptqmodel(job: Job, tokens: Tensor) -> None:
+    """GPTQModel's GPTQ with its defaults, in fp32."""
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(torch.get_num_threads()))  # else it wants more cores than two
+    library = importlib.import_module("gptqmodel")
+    config = library.QuantizeConfig(
+        bits=job["bits"],
+        group_size=job["group_size"],
+        sym=job["sym"],
+        offload_to_disk=False,  # else no weight is left to be read when it is done
+        **job["options"],
+    )
+    model = library.GPTQModel.load(job["model"], config, device="cpu", dtype=torch.float32)
+    rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in tokens.tolist()]
+    model.quantize(rows, batch_size=1)
+    save_plain(job, model.model)
+    model.save(str(Path(job["folder"]) / "packed"))
+
+
+FUNCTIONS: dict[str, Callable[[Job, Tensor], None]] = {
+    "autoround": autoround,
+    "gptqmodel": gptqmodel,
+    "llmcompressor": llmcompressor,
+}
+PACKAGES = ("torch", "transformers", "auto-round", "gptqmodel", "llmcompressor", "compressed-tensors")
 
 
 def main() -> None:
@@ -91,9 +130,8 @@ def main() -> None:
     job: Job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     folder, began = Path(job["folder"]), time.monotonic()
     FUNCTIONS[job["function"]](job, load_file(folder / "tokens.safetensors")["tokens"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
-    made = {"seconds": time.monotonic() - began, "peak_bytes": peak}
+    made = {"seconds": time.monotonic() - began, "peak_bytes": peak_bytes()}
     versions = {name: installed[name] for name in PACKAGES if name in installed}
     (folder / "made.json").write_text(json.dumps({**made, "versions": versions}), encoding="utf-8")
 

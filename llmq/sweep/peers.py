@@ -138,10 +138,12 @@ def check_rounded(folder: Path, source: SourceModel, scheme: QuantScheme, rows: 
 
 
 INSTALL_AUTOROUND = "pip install auto-round, best in a new environment given with --peer-python auto_round=PYTHON"
+INSTALL_GPTQMODEL = "pip install gptqmodel, best in a new environment given with --peer-python gptqmodel=PYTHON"
 INSTALL_LLMC = "pip install llmcompressor, best in a new environment given with --peer-python llmcompressor=PYTHON"
 MAKERS: dict[str, Maker] = {
     "autoround-50": Maker("AutoRound, 50 iterations", "auto_round", INSTALL_AUTOROUND, "autoround", {"iters": 50}),
     "autoround-200": Maker("AutoRound, 200 iterations", "auto_round", INSTALL_AUTOROUND, "autoround", {"iters": 200}),
+    "gptqmodel": Maker("GPTQModel, GPTQ in fp32", "gptqmodel", INSTALL_GPTQMODEL, "gptqmodel"),
     "llm-compressor": Maker(
         "llm-compressor, GPTQ; scales as wide as the original weights", "llmcompressor", INSTALL_LLMC, "llmcompressor"
     ),

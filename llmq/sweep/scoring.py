@@ -15,6 +15,7 @@ from llmq.evaluation import Subject, check_fits, progress_line
 from llmq.likelihood import score_together
 from llmq.logits import engine_of
 from llmq.models.resolve import resolve
+from llmq.runtime.floats import to_floats
 from llmq.runtime.qlinear import set_activation_bits
 
 Log = Callable[[str], None]
@@ -112,4 +113,6 @@ def load(candidate: Candidate, reference: Subject, tokens: Tensor, log: Log) -> 
     model = Subject(candidate.name, folder, config, reference.tokenizer).load()
     if candidate.activation_bits is not None:
         set_activation_bits(model, candidate.activation_bits)
+    if candidate.activation_bits == 16:
+        to_floats(model)
     return model
