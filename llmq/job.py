@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from llmq import calibration, sensitivity
@@ -14,8 +12,9 @@ from llmq.blockwise import Observed
 from llmq.config import LEARNED_STEPS, BudgetConfig, CalibConfig, QuantScheme, RuntimeConfig, parse_size
 from llmq.kv_budget import Choice, context_of, of_source
 from llmq.models.load import SourceModel
+from llmq.own_text import own_text
 from llmq.plan import BASE_BYTES, Plan, make_plan
-from llmq.report import Log, duration
+from llmq.report import Log
 from llmq.solvers import Method, SolverOptions
 from llmq.stats_bank import BANKED_STEPS, Bank
 from llmq.tune import memory_needed
@@ -178,20 +177,7 @@ def calibration_texts(job: Job) -> calibration.CalibrationSet | None:
         return None
 
     def sampler(n_samples: int, seqlen: int, seed: int) -> Tensor:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(job.source.folder, dtype=torch.float32)
-        began, said = time.perf_counter(), 0.0
-
-        def progress(done: int, total: int) -> None:
-            nonlocal said
-            elapsed = time.perf_counter() - began
-            if elapsed - said > 15 or done == total:
-                said = elapsed
-                left = elapsed / done * (total - done)
-                job.log(f"  sampled {done} of {total} tokens  {done / elapsed:.0f} tokens/s  left {duration(left)}")
-
-        return calibration.sample_from_model(model, job.source.tokenizer, n_samples, seqlen, seed, progress)
+        return own_text(job.source, n_samples, seqlen, seed, job.log)
 
     calib = job.calib if "tune" in job.steps else replace(job.calib, tune_samples=0)
     texts = calibration.load(calib, job.source.tokenizer, sampler=sampler, log=job.log)

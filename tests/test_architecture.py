@@ -42,6 +42,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.importance",
         "llmq.job",
         "llmq.learn",
+        "llmq.own_text",
         "llmq.pipeline",
         "llmq.blockwise",
         "llmq.plan",

@@ -21,6 +21,7 @@ from llmq import QuantScheme, quantize_model
 from llmq.config import PRESETS, RecipeConfig
 from llmq.models.gguf_export import export_gguf
 from llmq.models.load import open_model
+from llmq.qtensor import expand_groups
 from llmq.solvers import rtn
 from llmq.sweep import command, making, peers, report, scoring
 from llmq.sweep.peers import MAKERS, Maker, MakerFailed
@@ -343,3 +344,18 @@ def test_weights_that_are_not_rounded_are_no_peers_row(tiny_model: Tiny, tmp_pat
     peers.check_rounded(rounded_copy(source.folder, tmp_path / "r", 2), source, QuantScheme(2, 32))
     with pytest.raises(MakerFailed, match="it is not quantized"):
         peers.check_rounded(source.folder, source, QuantScheme(2, 32))
+
+
+def test_a_peers_weights_that_were_read_wrongly_are_refused(tiny_model: Tiny, tmp_path: Path) -> None:
+    """Zeros that are one too small move every weight by a scale: few values a group still, and no model any more."""
+    source = open_model(tiny_model("llama"))
+    moved = rounded_copy(source.folder, tmp_path / "r", 4)
+    name = min(linears_of(source))
+    for shard in moved.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if f"{name}.weight" in tensors:
+            t = rtn.solve(tensors[f"{name}.weight"].float(), QuantScheme(4, 32))
+            tensors[f"{name}.weight"] += expand_groups(t.scale.float(), t.shape[1], t.scheme)
+            save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(MakerFailed, match=f"{name}: what came back is .* more than 2: it was read wrongly"):
+        peers.check_rounded(moved, source, QuantScheme(4, 32))

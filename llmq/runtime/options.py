@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -71,10 +72,23 @@ CACHE_NBITS = 4  # as in transformers
 
 _said: set[str] = set()
 _saying = threading.Lock()
+_silence = threading.local()
+
+
+@contextmanager
+def unsaid() -> Iterator[None]:
+    """Within the context, in this thread, :func:`say_once` is silent: for callers who know what it would say."""
+    before, _silence.on = getattr(_silence, "on", False), True
+    try:
+        yield
+    finally:
+        _silence.on = before
 
 
 def say_once(message: str) -> None:
     """Log a warning, the first time in this process."""
+    if getattr(_silence, "on", False):
+        return
     with _saying:
         if message in _said:
             return

@@ -107,14 +107,16 @@ def gptqmodel(job: Job, tokens: Tensor) -> None:
         bits=job["bits"],
         group_size=job["group_size"],
         sym=job["sym"],
-        offload_to_disk=False,  # else no weight is left to be read when it is done
         **job["options"],
     )
     model = library.GPTQModel.load(job["model"], config, device="cpu", dtype=torch.float32)
     rows = [{"input_ids": row, "attention_mask": [1] * len(row)} for row in tokens.tolist()]
     model.quantize(rows, batch_size=1)
-    save_plain(job, model.model)
-    model.save(str(Path(job["folder"]) / "packed"))
+    packed = str(Path(job["folder"]) / "packed")
+    model.save(packed)
+    del model
+    # Read back: what is in memory after quantize has zeros that are one less than its own dequantization takes.
+    save_plain(job, library.GPTQModel.load(packed, device="cpu", backend=library.BACKEND.TORCH).model)
 
 
 FUNCTIONS: dict[str, Callable[[Job, Tensor], None]] = {

@@ -22,10 +22,13 @@ from torch import Tensor
 
 from llmq.config import QuantScheme, one_of
 from llmq.models.load import SourceModel, open_model
+from llmq.solvers import rtn
 from llmq.sweep import peer_script
 from llmq.sweep.stored_bits import linears_of
 
 MADE = "made.json"
+# How much further than the nearest values a solver may go to make good for errors elsewhere.
+MOST_OFF = 2.0
 Log = Callable[[str], None]
 
 
@@ -119,7 +122,9 @@ def make(
 
 
 def check_rounded(folder: Path, source: SourceModel, scheme: QuantScheme, rows: int = 64) -> None:
-    """Raise MakerFailed unless the first ``rows`` rows of every linear have at most 2**bits values in each group.
+    """Raise MakerFailed unless the first ``rows`` rows of every linear are those of ``source``, rounded to ``scheme``.
+
+    That is: at most 2**bits values in each group, and no further from the original than a solver's choice explains.
 
     Args:
         folder: the plain weights.
@@ -127,7 +132,13 @@ def check_rounded(folder: Path, source: SourceModel, scheme: QuantScheme, rows: 
     """
     reader = open_model(folder).reader
     for name, (_, k) in linears_of(source).items():
-        W = reader.tensor(f"{name}.weight")[:rows].float()
+        W, original = (r.tensor(f"{name}.weight")[:rows].float() for r in (reader, source.reader))
+        off, nearest = ((x - original).norm() for x in (W, rtn.solve(original, scheme).dequantize()))
+        if not off <= MOST_OFF * nearest:
+            raise MakerFailed(
+                f"{name}: what came back is {off / nearest:.1f} times as far from the original as weights rounded to "
+                f"nearest in {scheme}, more than {MOST_OFF:g}: it was read wrongly, or is of another model"
+            )
         for group in scheme.slices(k):
             ordered = W[:, group].sort(dim=1).values
             most = 1 + int((ordered[:, 1:] != ordered[:, :-1]).sum(dim=1).max())

@@ -1,0 +1,74 @@
+"""The model's own text as calibration text, written on llmq's kernels by a copy of it in 8 bits.
+
+Eight bits change what a model says by less than it would say otherwise for another seed, and the kernels write several
+times as fast as fp32 does, in a quarter of its memory.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llmq import calibration
+from llmq.config import QuantScheme
+from llmq.models.load import SourceModel
+from llmq.plan import make_plan
+from llmq.qtensor import QTensor
+from llmq.report import Log, duration
+from llmq.runtime.causal_lm import adopt
+from llmq.runtime.hf import replace_matrices
+from llmq.runtime.options import unsaid
+from llmq.runtime.qlinear import QuantizedMatrix
+from llmq.solvers import METHODS, rtn
+
+WRITER = QuantScheme(8, 128)
+# Rows of a matrix that are rounded at a time, in fp32.
+CHUNK_ROWS = 8192
+# Seconds between two lines of progress.
+SAY_EVERY = 15.0
+
+
+def writer_of(source: SourceModel) -> Any:
+    """The model of ``source`` with all matrices rounded to nearest in 8 bits, ready to generate."""
+    model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto", local_files_only=True)
+    plan = make_plan(source, WRITER, WRITER.bits, METHODS["rtn"], 0, 1)
+    biases = {m.name: getattr(model.get_submodule(m.name), "bias", None) for m in plan.linears}
+    replace_matrices(model, plan.schemes(), plan.tied, 8, str(source.folder))
+    for m in (*plan.linears, *plan.tables):
+        module = model.get_submodule(m.name)
+        assert isinstance(module, QuantizedMatrix)
+        chunks = source.reader.row_chunks(f"{m.name}.weight", CHUNK_ROWS)
+        module.set_qtensor(_stacked([rtn.solve(rows.float(), m.scheme) for _, rows in chunks]))
+        if biases.get(m.name) is not None:
+            module.bias = biases[m.name]
+    return adopt(model.float().eval())
+
+
+def _stacked(parts: list[QTensor]) -> QTensor:
+    zeros = [p.zero for p in parts if p.zero is not None]
+    q, scale = torch.cat([p.q for p in parts]), torch.cat([p.scale for p in parts])
+    return QTensor(q, scale, torch.cat(zeros) if zeros else None, parts[0].scheme)
+
+
+def own_text(source: SourceModel, n_samples: int, seqlen: int, seed: int, log: Log) -> Tensor:
+    """i64[n_samples, seqlen] that the model of ``source`` writes; see :func:`llmq.calibration.sample_from_model`.
+
+    Raises ValueError for windows too short to sample, or a model whose logits are not finite.
+    """
+    model = writer_of(source)
+    began, said = time.perf_counter(), 0.0
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said
+        elapsed = time.perf_counter() - began
+        if elapsed - said > SAY_EVERY or done == total:
+            said = elapsed
+            left = elapsed / done * (total - done)
+            log(f"  sampled {done} of {total} tokens  {done / elapsed:.0f} tokens/s  left {duration(left)}")
+
+    with unsaid():  # that the draw is not the native loop's
+        return calibration.sample_from_model(model, source.tokenizer, n_samples, seqlen, seed, progress)
