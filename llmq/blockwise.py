@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmq.models.families import ModelFamily
 from llmq.models.load import SourceModel
-from llmq.products import fast_linears
+from llmq.products import fast_products
 from llmq.solvers.hessian import InputStats
 
 # Inputs of a tail linear are kept for all windows only while they fit in this many bytes; else they are computed again.
@@ -212,7 +212,7 @@ class BlockRunner:
                 answer = tail.answer(outputs[i])
                 submodule = self.block.get_submodule(tail.submodule)
                 stack.enter_context(answering(submodule, lambda *_args, answer=answer, **_kwargs: answer))
-            stack.enter_context(fast_linears())
+            stack.enter_context(fast_products())
             output = self.block(self.hidden[i], *self.call.args, **self.call.kwargs)
         result = output[0] if isinstance(output, tuple) else output
         assert isinstance(result, Tensor)
@@ -265,7 +265,7 @@ class BlockRunner:
                 self._kept.append(inputs[0])
             if teacher is not None and keep:
                 # The teacher's weights are final: its output is known now, and narrower than the input.
-                with fast_linears():
+                with fast_products():
                     outputs.append(teacher.block.get_submodule(group[0])(inputs[1]))
             if teacher is not None and last:
                 teacher._advance(i, (self.tails[group[0]], outputs.pop()) if keep else None)
@@ -305,7 +305,7 @@ class BlockRunner:
             return
         linear = self.block.get_submodule(group[0])
         outputs = []
-        with fast_linears():
+        with fast_products():
             while self._kept:
                 outputs.append(linear(self._kept.pop(0)))
         self._settled.append((self.tails[group[0]], outputs))

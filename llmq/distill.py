@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmq.blockwise import BlockCall, answering, block_output, compact_embedding, run_block
 from llmq.models.load import SourceModel, materialize
-from llmq.products import fast_linears, learning_linears
+from llmq.products import fast_products, learning_linears
 
 # Pieces whose outputs are computed together: the original blocks are read once for all of them.
 TEACHER_BATCH = 32
@@ -145,7 +145,7 @@ class Teacher:
             with materialize(source.block(i), name, source.reader) as block:
                 for j, piece in enumerate(pieces):
                     # What is kept in 16 bits need not be computed in 32.
-                    with fast_linears() if self.entering[piece].dtype == torch.float32 else learning_linears():
+                    with fast_products() if self.entering[piece].dtype == torch.float32 else learning_linears():
                         hidden[j] = run_block(block, {}, hidden[j], self.calls[i]).float()
         for piece, h in zip(pieces, hidden, strict=True):
             if not torch.isfinite(h).all():

@@ -24,7 +24,7 @@ from llmq.blockwise import BlockCall, Weights, block_inputs, run_block
 from llmq.distill import Head
 from llmq.memory import current_rss
 from llmq.models.load import SourceModel, materialize
-from llmq.products import fast_linears
+from llmq.products import fast_products
 from llmq.report import Log, duration, size
 
 # Windows whose block inputs are held in memory together, bytes at most: all blocks are read once for them, forth and
@@ -54,7 +54,7 @@ def _gradients(block: nn.Module, groups: Sequence[Sequence[str]], found: dict[st
         yield
 
 
-@fast_linears()
+@fast_products()
 def token_weights(source: SourceModel, tokens: Tensor, *, seed: int, log: Log) -> list[Weights]:
     """For each block, for each group of linears with one input (by its first name): f32[n, seqlen], mean 1.
 

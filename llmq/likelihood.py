@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmq.kv_feed import KVFeed
 from llmq.logits import WindowLogits
-from llmq.products import fast_linears
+from llmq.products import fast_products
 from llmq.score import Score
 
 _CHUNK_LOGITS = 1 << 25  # logits held at once: 128 MB in fp32 for each model and each temporary
@@ -58,7 +58,7 @@ def score(
 
 
 @torch.inference_mode()
-@fast_linears()
+@fast_products()
 def score_together(
     models: Sequence[Any],
     windows: Tensor,

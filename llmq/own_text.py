@@ -36,7 +36,7 @@ def writer_of(source: SourceModel) -> Any:
     """The model of ``source`` with all matrices rounded to nearest in 8 bits, ready to generate."""
     model: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype="auto", local_files_only=True)
     plan = make_plan(source, WRITER, WRITER.bits, METHODS["rtn"], 0, 1)
-    biases = {m.name: getattr(model.get_submodule(m.name), "bias", None) for m in plan.linears}
+    biases: dict[str, Any] = {m.name: model.get_submodule(m.name).bias for m in plan.linears}
     replace_matrices(model, plan.schemes(), plan.tied, 8, str(source.folder))
     for m in (*plan.linears, *plan.tables):
         module = model.get_submodule(m.name)
@@ -44,7 +44,7 @@ def writer_of(source: SourceModel) -> Any:
         chunks = source.reader.row_chunks(f"{m.name}.weight", CHUNK_ROWS)
         module.set_qtensor(_stacked([rtn.solve(rows.float(), m.scheme) for _, rows in chunks]))
         if biases.get(m.name) is not None:
-            module.bias = biases[m.name]
+            module.get_parameter("bias").data = biases[m.name].data
     return adopt(model.float().eval())
 
 

@@ -1,4 +1,4 @@
-"""Float matrix products through oneDNN where torch's own library leaves half of the CPU idle.
+"""Float products as fast as this CPU goes: matrices through oneDNN where torch's own library leaves half of it idle.
 
 torch multiplies fp32 matrices with MKL, which runs its AVX2 kernels on CPUs with AVX-512 of other makes than Intel's.
 oneDNN, which torch holds as well, uses AVX-512 there: twice as fast. Results differ by rounding; the choice depends on
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from llmq import cpuinfo
+from llmq import cpuinfo, masked_attention
 
 # Multiply-adds below which a product is not worth the choice.
 LEAST_WORK = 1 << 20
@@ -84,28 +84,36 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return _through_onednn(a, b.T, None) if helps() and _takes(a, b) and not _learns(a, b) else a @ b
 
 
-class _Linears(TorchFunctionMode):
+class _Products(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.onednn = helps()
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.linear and not kwargs and _takes(args[0], args[1]) and not torch.is_autocast_enabled("cpu"):
-            x, w, bias = args if len(args) > 2 else (*args, None)
-            way: Any = _Linear.apply if _learns(x, w, bias) else _through_onednn
-            return way(x, w, bias)
+        if self.onednn and func is F.linear and not kwargs and _takes(args[0], args[1]):
+            if not torch.is_autocast_enabled("cpu"):
+                x, w, bias = args if len(args) > 2 else (*args, None)
+                way: Any = _Linear.apply if _learns(x, w, bias) else _through_onednn
+                return way(x, w, bias)
+        elif func is F.scaled_dot_product_attention and len(args) == 3 and kwargs:
+            (q, k, v), mask = args, kwargs.get("attn_mask")
+            if masked_attention.takes(q, k, mask):
+                options = {name: value for name, value in kwargs.items() if name != "attn_mask"}
+                return masked_attention.attend(q, k, v, mask, **options)
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def fast_linears() -> Iterator[None]:
-    """Within the context, in this thread, fp32 linears go the faster way, and so do their gradients."""
-    if not helps():
-        yield
-        return
-    with _Linears():
+def fast_products() -> Iterator[None]:
+    """Within the context, in this thread, fp32 linears go the faster way, and so do their gradients; attention leaves
+    out what its mask hides."""
+    with _Products():
         yield
 
 
 @contextmanager
 def learning_linears() -> Iterator[None]:
     """Within the context, in this thread, linears and attention go the fastest way that a gradient allows: in bf16
-    where :func:`half_helps`, what is between them in fp32; else as in :func:`fast_linears`."""
-    with torch.autocast("cpu", torch.bfloat16) if half_helps() else fast_linears():
+    where :func:`half_helps`, what is between them in fp32; else as in :func:`fast_products`."""
+    with torch.autocast("cpu", torch.bfloat16) if half_helps() else fast_products():
         yield

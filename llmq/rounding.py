@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmq.blockwise import BlockCall, run_block
-from llmq.products import fast_linears, learning_linears
+from llmq.products import fast_products, learning_linears
 from llmq.qtensor import QTensor, centred, dequantize, expand_groups, from_codes, group_sums, storable_scale
 
 # Linears with more bits keep their integers.
@@ -107,7 +107,7 @@ class Windows:
     n_held: int
 
 
-@fast_linears()
+@fast_products()
 def learn_rounding(
     name: str,
     block: nn.Module,

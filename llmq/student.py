@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from llmq.blockwise import BlockCall, run_block
 from llmq.distill import Head
-from llmq.products import fast_linears, learning_linears
+from llmq.products import fast_products, learning_linears
 from llmq.qtensor import QTensor, by_group, centred, group_sums, storable_scale
 
 # What blocks may hold for their gradients, together; those beyond it are run again on the way back.
@@ -121,7 +121,7 @@ class Block:
     def run(self, x: Tensor, *, stored: bool) -> Tensor:
         """Output for x f32[b, t, hidden]; ``stored``: of the model as it will be stored, in fp32."""
         parameters = self.parameters(stored=stored)
-        with fast_linears() if stored else learning_linears():
+        with fast_products() if stored else learning_linears():
             return self._finite(run_block(self.module, parameters, x, self.call))
 
     def _finite(self, y: Tensor) -> Tensor:

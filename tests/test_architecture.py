@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "llmq.compat",
         "llmq.config",
         "llmq.cpuinfo",
+        "llmq.masked_attention",
         "llmq.memory",
         "llmq.parallel",
         "llmq.products",

@@ -51,7 +51,7 @@ def test_products_are_those_of_fp64(onednn: list[tuple[int, ...]], m: int, k: in
 def test_linears_of_a_module(onednn: list[tuple[int, ...]]) -> None:
     linear = nn.Linear(130, 257)
     x = torch.randn(2, 50, 130)
-    with torch.no_grad(), products.fast_linears():
+    with torch.no_grad(), products.fast_products():
         inside = linear(x)
     assert onednn == [(2, 50, 130, 257)]
     assert inside.shape == (2, 50, 257)
@@ -70,7 +70,7 @@ def test_gradients_of_a_linear(onednn: list[tuple[int, ...]], needed: tuple[bool
     dy = torch.randn(2, 50, 257, generator=g)
     for t, need in zip((x, w, bias), needed, strict=True):
         t.requires_grad_(need)
-    with products.fast_linears():
+    with products.fast_products():
         nn.functional.linear(x, w, bias).backward(dy)
     assert len(onednn) == 1 + sum(needed[:2])
     rows, X, W = (t.detach().double() for t in (dy.reshape(-1, 257), x.reshape(-1, 130), w))
@@ -83,7 +83,7 @@ def test_gradients_of_a_linear(onednn: list[tuple[int, ...]], needed: tuple[bool
 
 
 def test_what_it_leaves_to_torch(onednn: list[tuple[int, ...]]) -> None:
-    with products.fast_linears():
+    with products.fast_products():
         a = torch.randn(256, 256, requires_grad=True)
         products.matmul(a, a).sum().backward()  # type: ignore[no-untyped-call]
         assert a.grad is not None
