@@ -124,7 +124,7 @@ FUNCTIONS: dict[str, Callable[[Job, Tensor], None]] = {
     "gptqmodel": gptqmodel,
     "llmcompressor": llmcompressor,
 }
-PACKAGES = ("torch", "transformers", "auto-round", "gptqmodel", "llmcompressor", "compressed-tensors")
+PACKAGES = ("torch", "transformers", "auto-round", "GPTQModel", "llmcompressor", "compressed-tensors")
 
 
 def main() -> None:
