@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from llmq import calibration
 from llmq.config import QuantScheme
+from llmq.memory import release_memory
 from llmq.models.load import SourceModel
 from llmq.plan import make_plan
 from llmq.qtensor import QTensor
@@ -71,4 +72,7 @@ def own_text(source: SourceModel, n_samples: int, seqlen: int, seed: int, log: L
             log(f"  sampled {done} of {total} tokens  {done / elapsed:.0f} tokens/s  left {duration(left)}")
 
     with unsaid():  # that the draw is not the native loop's
-        return calibration.sample_from_model(model, source.tokenizer, n_samples, seqlen, seed, progress)
+        tokens = calibration.sample_from_model(model, source.tokenizer, n_samples, seqlen, seed, progress)
+    del model
+    release_memory()
+    return tokens

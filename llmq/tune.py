@@ -10,8 +10,7 @@ rounded to fp16, is what is kept.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +39,6 @@ SCALE_RATE, VECTOR_RATE, RATED_BITS = 2e-3, 2e-3, 3
 BETAS = (0.9, 0.95)
 # Passes over the pieces, unless the clock ends them before, and the number of steps between two judgements.
 EPOCHS = 4
-# Steps over which factors are averaged.
-MEAN_STEPS = 16
 JUDGE_EVERY = 16
 
 
@@ -180,40 +177,6 @@ def tune(
     return _tuned(student, start, best, report, leaving)
 
 
-class _Mean:
-    """The factors averaged over the latest steps, which judges better than any of them: noise of the batches cancels.
-
-    Weights fall by ``1 - 1 / MEAN_STEPS`` a step back (Polyak and Juditsky 1992, with a finite memory).
-    """
-
-    def __init__(self, student: Student) -> None:
-        self.student, self.taken = student, 0
-        self.factors = [torch.zeros_like(item.factor) for item in student.learned]
-
-    def add(self) -> None:
-        """Take the factors as they are now."""
-        self.taken += 1
-        keep = 1 - 1 / MEAN_STEPS
-        share = (1 - keep) / (1 - keep**self.taken)
-        for mean, item in zip(self.factors, self.student.learned, strict=True):
-            mean.lerp_(item.factor, share)
-
-    @contextmanager
-    def shown(self) -> Iterator[None]:
-        """Within the context the student has the mean's factors."""
-        own = [item.factor for item in self.student.learned]
-        _give(self.student, [mean.clone() for mean in self.factors])
-        try:
-            yield
-        finally:
-            _give(self.student, own)
-
-
-def _give(student: Student, factors: Sequence[Tensor]) -> None:
-    for item, factor in zip(student.learned, factors, strict=True):
-        item.factor = factor
-
-
 @dataclass(frozen=True)
 class _Iterate:
     """The student's factors, and its divergence on the pieces that judge."""
@@ -226,7 +189,8 @@ class _Iterate:
         return cls(kl, [item.factor.clone() for item in student.learned])
 
     def restore(self, student: Student) -> None:
-        _give(student, self.factors)
+        for item, factor in zip(student.learned, self.factors, strict=True):
+            item.factor = factor
 
 
 def _optimizer(student: Student) -> torch.optim.Adam:
@@ -246,7 +210,7 @@ def _descend(
 ) -> tuple[_Iterate, _Iterate, dict[str, Any]]:
     """Adam down the KL of ``batches``; leaves the student at the best iterate. Returns (start, best, report)."""
     began = time.perf_counter()
-    adam, mean, n = _optimizer(student), _Mean(student), len(batches)
+    adam, n = _optimizer(student), len(batches)
     start = best = _Iterate.of(student, texts.judge(student))
     judging, taken, clocked = time.perf_counter() - began, 0, False
     recent: list[float] = []
@@ -260,15 +224,13 @@ def _descend(
             group["lr"] = group["rate"] * (1 - share)
         recent.append(student.backward(*texts.batch_of(batch), slice(step % STRIDE, None, STRIDE)))
         adam.step()
-        mean.add()
         taken = step + 1
         late = time.perf_counter() + judging > deadline
         if late or taken % JUDGE_EVERY == 0 or taken == n:
             now = time.perf_counter()
-            with mean.shown():
-                held = texts.judge(student)
-                best = _Iterate.of(student, held) if held < best.kl else best
+            held = texts.judge(student)
             judging = time.perf_counter() - now
+            best = _Iterate.of(student, held) if held < best.kl else best
             left = min(deadline - now, (now - began) / taken * (n - taken))
             log(
                 f"  step {taken}/{n}  KL {sum(recent) / len(recent):.4f}  held-out {held:.4f}  "

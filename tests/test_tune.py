@@ -230,26 +230,6 @@ def test_a_bit_more_halves_the_rate():
     assert groups.param_groups[-1]["lr"] == pytest.approx(tune.VECTOR_RATE * 2 ** (3 - mean))
 
 
-def test_the_mean_weighs_the_latest_steps_most(monkeypatch):
-    """Against the definition: weights (1 - 1/n)^age, normalised; the student's own factors come back."""
-    monkeypatch.setattr(tune, "MEAN_STEPS", 3)
-    student = SimpleNamespace(learned=[SimpleNamespace(factor=torch.ones(2, 3)), SimpleNamespace(factor=torch.ones(4))])
-    mean, seen = tune._Mean(student), []
-    for step in range(5):
-        for item in student.learned:
-            item.factor.copy_(torch.full_like(item.factor, step**2))
-        seen.append(float(step**2))
-        mean.add()
-        weights = [(2 / 3) ** age for age in range(len(seen))][::-1]
-        want = sum(w * x for w, x in zip(weights, seen, strict=True)) / sum(weights)
-        own = [item.factor for item in student.learned]
-        with mean.shown():
-            for item in student.learned:
-                assert torch.allclose(item.factor, torch.full_like(item.factor, want))
-                assert item.factor.data_ptr() not in [m.data_ptr() for m in mean.factors]  # it may be kept
-        assert all(item.factor is factor for item, factor in zip(student.learned, own, strict=True))
-
-
 def test_steps_that_do_not_help_are_dropped(solved, monkeypatch):
     monkeypatch.setattr(tune, "SCALE_RATE", 10.0)
     result, _ = tuned(solved)
