@@ -65,12 +65,15 @@ class InputStats:
         roots = (self._counts(x) if counts is None else counts.reshape(-1)).sqrt()[:, None]
         x = x.detach().reshape(-1, x.shape[-1]).float()
         rest = None if original is None else original.detach().reshape(x.shape).float() - x
-        # One pass over the sums finds a bad block; the per-row search runs only then.
-        total = x.sum() if rest is None else x.sum() + rest.sum()
-        if not torch.isfinite(total):
+        magnitudes = x.abs()
+        sums = magnitudes.sum(0)
+        # The sums find a bad block; the search of its rows runs only then.
+        if not (torch.isfinite(sums).all() and (rest is None or torch.isfinite(rest.sum()))):
             good = torch.isfinite(x if rest is None else x + rest).all(dim=1)
             self.n_dropped += int((~good).sum())
             x, rest, roots = x[good], rest if rest is None else rest[good], roots[good]
+            magnitudes = x.abs()
+            sums = magnitudes.sum(0)
         for at in range(0, x.shape[0], 4096):
             some = slice(at, at + 4096)
             block = x[some] * roots[some]
@@ -79,9 +82,8 @@ class InputStats:
                 self.cross += matmul((rest[some] * roots[some]).T, block).double()
         self.n_tokens += x.shape[0]
         if x.shape[0]:
-            x = x.abs()
-            self.abs_sum += x.sum(0).double()
-            torch.maximum(self.abs_max, x.amax(0).double(), out=self.abs_max)
+            self.abs_sum += sums.double()
+            torch.maximum(self.abs_max, magnitudes.amax(0).double(), out=self.abs_max)
 
     def _counts(self, x: Tensor) -> Tensor:
         """f32[tokens]: how often each token of x f32[..., T, K] counts."""
