@@ -49,9 +49,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **options: Any) -> Ten
     ranges = seen_keys(mask)
     if ranges is None:
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
-    out = []
+    # Laid out as torch's own result, a token's heads side by side: what follows needs no copy.
+    out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
     for i, (first, end) in enumerate(ranges):
         at, seen = slice(i * PIECE, (i + 1) * PIECE), slice(first, end)
         part = mask[..., at, seen]
-        out.append(F.scaled_dot_product_attention(q[:, :, at], k[:, :, seen], v[:, :, seen], part, **options))
-    return torch.cat(out, dim=2)
+        out[:, :, at] = F.scaled_dot_product_attention(q[:, :, at], k[:, :, seen], v[:, :, seen], part, **options)
+    return out
