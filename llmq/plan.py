@@ -15,6 +15,7 @@ from llmq.calibration.self_generated import BATCH
 from llmq.checkpoint import matrix_layout
 from llmq.config import QuantScheme
 from llmq.models.load import SourceModel
+from llmq.products import matmul
 from llmq.runtime.hf import embedding_scale
 from llmq.solvers import Method
 from llmq.solvers.recipe import DAMPINGS
@@ -24,7 +25,7 @@ BASE_BYTES = 600 << 20
 # Rounds of polishing that a linear takes, as seen on real models.
 POLISH_ROUNDS = 4
 # Seconds of a sampling step over those of its products at gemm_rate(): they are of integers, but the draw is costly.
-SAMPLING_COST = 0.8
+SAMPLING_COST = 1.3
 
 
 @dataclass(frozen=True)
@@ -266,11 +267,11 @@ def _cache_bytes(config: Any, seqlen: int) -> int:
 
 
 def gemm_rate(seconds: float = 0.15) -> float:
-    """fp32 operations a second of this machine's matrix product, measured now."""
+    """fp32 operations a second of this machine's matrix product, as a run multiplies, measured now."""
     a, b = torch.rand(1024, 1024), torch.rand(1024, 1024)
-    a @ b
+    matmul(a, b)
     n, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
-        a @ b
+        matmul(a, b)
         n += 1
     return 2 * 1024**3 * n / (time.perf_counter() - start)
