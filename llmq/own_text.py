@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -18,17 +17,15 @@ from llmq.config import QuantScheme
 from llmq.memory import release_memory
 from llmq.models.load import SourceModel
 from llmq.plan import make_plan
-from llmq.qtensor import QTensor
 from llmq.report import Log, duration
 from llmq.runtime.causal_lm import adopt
 from llmq.runtime.hf import replace_matrices
 from llmq.runtime.options import unsaid
 from llmq.runtime.qlinear import QuantizedMatrix
-from llmq.solvers import METHODS, rtn
+from llmq.solvers import METHODS
+from llmq.tables import quantize_table
 
 WRITER = QuantScheme(8, 128)
-# Rows of a matrix that are rounded at a time, in fp32.
-CHUNK_ROWS = 8192
 # Seconds between two lines of progress.
 SAY_EVERY = 15.0
 
@@ -42,17 +39,10 @@ def writer_of(source: SourceModel) -> Any:
     for m in (*plan.linears, *plan.tables):
         module = model.get_submodule(m.name)
         assert isinstance(module, QuantizedMatrix)
-        chunks = source.reader.row_chunks(f"{m.name}.weight", CHUNK_ROWS)
-        module.set_qtensor(_stacked([rtn.solve(rows.float(), m.scheme) for _, rows in chunks]))
+        module.set_qtensor(quantize_table(source, m))
         if biases.get(m.name) is not None:
             module.get_parameter("bias").data = biases[m.name].data
     return adopt(model.float().eval())
-
-
-def _stacked(parts: list[QTensor]) -> QTensor:
-    zeros = [p.zero for p in parts if p.zero is not None]
-    q, scale = torch.cat([p.q for p in parts]), torch.cat([p.scale for p in parts])
-    return QTensor(q, scale, torch.cat(zeros) if zeros else None, parts[0].scheme)
 
 
 def own_text(source: SourceModel, n_samples: int, seqlen: int, seed: int, log: Log) -> Tensor:

@@ -38,7 +38,7 @@ def outside_blocks(source: SourceModel, plan: Plan) -> tuple[dict[str, Tensor], 
 
 
 def quantize_table(source: SourceModel, matrix: Matrix) -> QTensor:
-    """An embedding or head, rounded to nearest chunk by chunk; below 8 bits each group's range is clipped."""
+    """A large matrix, such as embedding or head, rounded to nearest chunk by chunk; below 8 bits ranges are clipped."""
     codes, scales, zeros = [], [], []
     grid_steps = TABLE_GRID_STEPS if matrix.scheme.bits < 8 else 0
     identity = torch.eye(matrix.k) if grid_steps else None
