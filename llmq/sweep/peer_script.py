@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import resource
+import runpy
 import sys
 import time
 from collections.abc import Callable
@@ -26,11 +26,9 @@ Job = dict[str, Any]
 
 
 def peak_bytes() -> int:
-    """Largest resident memory of this process. ``ru_maxrss`` begins with what the process that started it had."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(status.read_text(encoding="ascii").split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Largest resident memory of this process, by llmq's own file for it, which needs nothing but Python."""
+    peak: int = runpy.run_path(str(Path(__file__).absolute().parents[1] / "memory.py"))["peak_rss"]()
+    return peak
 
 
 def load(job: Job) -> Any:
@@ -49,9 +47,13 @@ def save_plain(job: Job, quantized: Any) -> None:
 
 def weight_of(module: Any) -> Tensor:
     """[N, K], the values of a linear that holds them, or integers and scales in GPTQModel's way."""
-    if hasattr(module, "dequantize_weight"):
-        module.scales = module.scales.float()  # scale times integer in fp32, not rounded to the scales' 16 bits
-    values: Tensor = module.dequantize_weight().T if hasattr(module, "dequantize_weight") else module.weight
+    values: Tensor = _dequantized(module) if hasattr(module, "dequantize_weight") else module.weight
+    return values
+
+
+def _dequantized(module: Any) -> Tensor:
+    module.scales = module.scales.float()  # scale times integer in fp32, not rounded to the scales' 16 bits
+    values: Tensor = module.dequantize_weight().T
     return values
 
 
